@@ -1,0 +1,107 @@
+"""HyperConnection: the module at a site, one around each attention and each MLP.
+
+Shapes: B batch, S sequence, n streams (expansion rate), C channels of one stream.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ..ops import mhc_coefficients, mhc_post_res, mhc_pre_branch
+from .configuration_mhc import MHCConfig
+from .starts import STARTS, bias_of
+
+
+class HyperConnection(nn.Module):
+    """x' = H_res x + H_post F(H_pre x), with maps computed from x itself (arXiv 2512.24880, Eq. 3, 7-9).
+
+    The parameters are float32 whatever the model's dtype, and stay so under `.to(dtype)`: scalars near 1 do not move in
+    bf16, where a step of 1e-3 is under half a unit in the last place.
+
+    Args:
+        config: configuration of the widened model.
+        site: index of this site in the whole model, counted from 0; the starts turn with it.
+    Attributes:
+        phi: [(n+2)*n, n*C] float32, rows in the order pre, post, res.
+        bias: [(n+2)*n] float32, same order.
+        alpha: [3] float32, gating factors of the dynamic maps: pre, post, res.
+    """
+
+    def __init__(self, config: MHCConfig, site: int):
+        super().__init__()
+        self.site = site
+        self.hc_mult = config.hc_mult
+        self.hidden_size = config.hidden_size
+        self.num_iters = config.hc_sinkhorn_iters
+        self.norm_eps = config.hc_norm_eps
+        self.start = config.hc_start
+        self.alpha_init = config.hc_alpha_init
+        self.phi_std = config.initializer_range if hasattr(config, "initializer_range") else 0.02
+        num_logits = (self.hc_mult + 2) * self.hc_mult
+        self.phi = nn.Parameter(torch.empty(num_logits, self.hc_mult * self.hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(num_logits, dtype=torch.float32))
+        self.alpha = nn.Parameter(torch.empty(3, dtype=torch.float32))
+
+    def forward(self, streams: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """One site, its branch included.
+
+        Args:
+            streams: [B, S, n*C], stream-major.
+            branch: F, the sub-layer with its own norms: [B, S, C] -> [B, S, C].
+        Returns:
+            [B, S, n*C] in the dtype of `streams`.
+        """
+        x = self._split(streams)  # [B, S, n, C]
+        branch_in, h_post, h_res = mhc_pre_branch(
+            x, self.phi, self.bias, self.alpha, num_iters=self.num_iters, norm_eps=self.norm_eps
+        )
+        # under autocast a branch may answer in a lower dtype than the streams have
+        branch_out = branch(branch_in).to(x.dtype)
+        return mhc_post_res(x, branch_out, h_post, h_res).flatten(-2)
+
+    def maps(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """H_pre [B, S, n], H_post [B, S, n] and H_res [B, S, n, n] at `streams` [B, S, n*C], to look at."""
+        return mhc_coefficients(
+            self._split(streams), self.phi, self.bias, self.alpha, num_iters=self.num_iters, norm_eps=self.norm_eps
+        )
+
+    def start_values(self) -> dict[str, Tensor]:
+        """What the parameters begin with: float32 CPU tensors under their names, computed from the configuration alone.
+
+        A phi of zeros is a single zero seen at full size; call `.contiguous()` on it before you write to it.
+        """
+        start = STARTS[self.start]
+        shape = self.phi.shape
+        phi = torch.zeros(()).expand(shape)
+        if start.phi_is_random:
+            phi = torch.empty(shape).normal_(std=self.phi_std)
+        bias = bias_of(start.maps(self.hc_mult, self.site))
+        return {"phi": phi, "bias": bias, "alpha": torch.full((3,), float(self.alpha_init))}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the parameters to the start of the configuration; those that a checkpoint has filled are left alone."""
+        with torch.device("cpu"):
+            values = self.start_values()
+        for name, value in values.items():
+            # transformers' own `copy_` skips what from_pretrained has loaded
+            init.copy_(getattr(self, name), value)
+
+    def extra_repr(self) -> str:
+        return f"hc_mult={self.hc_mult}, hidden_size={self.hidden_size}, site={self.site}"
+
+    def _split(self, streams: Tensor) -> Tensor:
+        return streams.unflatten(-1, (self.hc_mult, self.hidden_size))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "HyperConnection":
+        def keep_float32(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if out.dtype == tensor.dtype or not out.is_floating_point():
+                return out
+            # not `out.float()`: the bits are gone there. Take the move to another device, leave the cast
+            return tensor.to(out.device)
+
+        return super()._apply(keep_float32, *args, **kwargs)
