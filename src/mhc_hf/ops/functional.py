@@ -1,5 +1,238 @@
-"""The public ops: checks and choice of backend."""
+"""The public ops: checks and choice of backend. What they compute is `reference`; how, `eager` and `triton`.
 
-from .eager import mhc_coefficients, mhc_post_res, mhc_pre, mhc_pre_branch, sinkhorn_knopp
+Shapes: n streams, C channels of one stream, m = (n+2)*n; `...` stands for any leading shape, T for its product.
+Convention: h_res[..., i, j] carries input stream j into output stream i.
+"""
 
-__all__ = ["mhc_coefficients", "mhc_post_res", "mhc_pre", "mhc_pre_branch", "sinkhorn_knopp"]
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import eager, registered
+from .backends import choose_backend
+from .checks import check_branch, check_iters, check_maps, check_parameters, check_streams
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+def sinkhorn_knopp(logits: Tensor, num_iters: int = 20, *, backend: Backend = "auto") -> Tensor:
+    """Project exp(logits) onto the doubly stochastic matrices (Eq. 9), columns first and rows last.
+
+    Args:
+        logits: [..., n, n], any floating dtype; computed in float32, or in float64 where they are float64.
+        num_iters: t_max >= 1; one iteration normalises the columns, then the rows.
+        backend: "auto", "torch" or "triton"; one that is named runs or raises.
+    Returns:
+        [..., n, n] float32 (or float64): rows sum to 1 to rounding; what has not converged is left on the columns. The
+        gradient is that of the unrolled iterations.
+    Raises:
+        ValueError: not square, n outside 2..8 on triton, not floating, or `num_iters` < 1.
+    """
+    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or not logits.is_floating_point():
+        raise ValueError(
+            f"`logits` must be floating and end in a square [n, n], got {logits.dtype} {list(logits.shape)}. "
+            "Unflatten the last n*n numbers first."
+        )
+    check_iters(num_iters)
+    chosen = choose_backend(backend, logits, logits.shape[-1])
+    n = logits.shape[-1]
+    token_last = logits.to(_compute_dtype(logits)).reshape(-1, n, n).permute(1, 2, 0).contiguous()
+    h_res = registered.sinkhorn(token_last, num_iters, chosen)
+    return h_res.permute(2, 0, 1).unflatten(0, logits.shape[:-2])
+
+
+def mhc_coefficients(
+    x: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_iters: int = 20,
+    norm_eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three maps of a site from its streams (Eq. 7 and 8).
+
+    Args:
+        x: [..., n, C] streams, any floating dtype, any strides.
+        phi: [(n+2)*n, n*C] projection, float32, rows in the order pre, post, res.
+        bias: [(n+2)*n] static part of the logits, float32, same order.
+        alpha: [3] gating factors of the dynamic part, float32: pre, post, res.
+        num_iters: t_max of Sinkhorn-Knopp, >= 1.
+        norm_eps: added to the mean square under the root.
+        backend: "auto", "torch" or "triton"; one that is named runs or raises.
+    Returns:
+        h_pre [..., n] in (0, 1), h_post [..., n] in (0, 2), h_res [..., n, n] with rows that sum to 1; float32, or
+        float64 where `x` is.
+    Raises:
+        ValueError: shapes disagree, or a parameter is not float32.
+        RuntimeError: the named backend cannot run here.
+    """
+    check_streams(x)
+    check_parameters(x, phi, bias, alpha)
+    check_iters(num_iters)
+    chosen = choose_backend(backend, x, x.shape[-2])
+    arguments = (_flatten_tokens(x), *_match(x, phi, bias, alpha), num_iters, norm_eps)
+    h_pre, h_post, h_res, _, _ = _call("coefficients", chosen, *arguments)
+    return _unflatten(h_pre, x), _unflatten(h_post, x), _unflatten(h_res, x)
+
+
+def mhc_pre(x: Tensor, h_pre: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """What the branch reads: H_pre x.
+
+    Args:
+        x: [..., n, C] streams, any floating dtype.
+        h_pre: [..., n], float32.
+    Returns:
+        [..., C] in the dtype of `x`; computed in float32 and rounded once.
+    Raises:
+        ValueError: shapes disagree, or the map is not float32.
+    """
+    check_streams(x)
+    check_maps(x, h_pre=h_pre)
+    chosen = choose_backend(backend, x, x.shape[-2])
+    branch_in = _call("pre", chosen, _flatten_tokens(x), _flatten_map(h_pre, x))
+    return branch_in.unflatten(0, x.shape[:-2])
+
+
+def mhc_post_res(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """The streams after the site: x' = H_res x + H_post (outer) F (Eq. 3).
+
+    Args:
+        x: [..., n, C] streams, any floating dtype.
+        branch_out: [..., C], dtype of `x`.
+        h_post: [..., n], float32.
+        h_res: [..., n, n], float32, into stream i (row) from stream j (column).
+    Returns:
+        [..., n, C] in the dtype of `x`; computed in float32 and rounded once.
+    Raises:
+        ValueError: shapes or dtypes disagree, or a map is not float32.
+    """
+    check_streams(x)
+    check_branch(x, branch_out)
+    check_maps(x, h_post=h_post, h_res=h_res)
+    chosen = choose_backend(backend, x, x.shape[-2])
+    arguments = (_flatten_tokens(x), _flatten_branch(branch_out), _flatten_map(h_post, x), _flatten_map(h_res, x))
+    return _call("post_res", chosen, *arguments).view(x.shape)
+
+
+def mhc_pre_branch(
+    x: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_iters: int = 20,
+    norm_eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All that a site does before its branch: `mhc_coefficients`, then `mhc_pre`, in one op.
+
+    Returns:
+        branch_in [..., C] in the dtype of `x`, h_post [..., n], h_res [..., n, n]. Arguments and errors are those of
+        `mhc_coefficients`.
+    """
+    site = site_read(x, phi, bias, alpha, num_iters=num_iters, norm_eps=norm_eps, backend=backend)
+    return site.branch_in, _unflatten(site.h_post, x), _unflatten(site.h_res, x)
+
+
+class SiteRead(NamedTuple):
+    """What `site_read` hands to the branch (`branch_in` [..., C]) and to `site_write` (the rest, opaque)."""
+
+    branch_in: Tensor
+    h_post: Tensor
+    h_res: Tensor
+    link: Tensor | None
+
+
+def site_read(
+    x: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_iters: int = 20,
+    norm_eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> SiteRead:
+    """`mhc_pre_branch` for a site that writes with `site_write`: together they are one owner of all gradients of x.
+
+    With `mhc_pre_branch` and `mhc_post_res`, two nodes each write a d_x that autograd adds: 3n rows of C a token more.
+    Here one node makes d_x once, from the gradient that `site_write` passes back as it came. Values and gradients are
+    the same. `site_write` must get the same `x`; h_post and h_res of a SiteRead are its messages, not to be edited.
+
+    Arguments and errors are those of `mhc_coefficients`.
+    """
+    check_streams(x)
+    check_parameters(x, phi, bias, alpha)
+    check_iters(num_iters)
+    chosen = choose_backend(backend, x, x.shape[-2])
+    arguments = (_flatten_tokens(x), *_match(x, phi, bias, alpha), num_iters, norm_eps)
+    branch_in, h_post, h_res, _, _, *link = _call("read", chosen, *arguments)
+    return SiteRead(branch_in.unflatten(0, x.shape[:-2]), h_post, h_res, link[0] if link else None)
+
+
+def site_write(x: Tensor, branch_out: Tensor, site: SiteRead, *, backend: Backend = "auto") -> Tensor:
+    """`mhc_post_res` with the maps that `site_read` made from the same `x`.
+
+    Args:
+        x: [..., n, C] streams that `site_read` got.
+        branch_out: [..., C], dtype of `x`.
+        site: what `site_read` returned.
+    Returns:
+        [..., n, C] in the dtype of `x`.
+    Raises:
+        ValueError: shapes or dtypes disagree.
+    """
+    check_streams(x)
+    check_branch(x, branch_out)
+    chosen = choose_backend(backend, x, x.shape[-2])
+    arguments = (_flatten_tokens(x), _flatten_branch(branch_out), site.h_post, site.h_res)
+    if site.link is None:
+        x_next = _call("post_res", chosen, *arguments)
+    else:
+        x_next = registered.write(site.link, *arguments, chosen)
+    return x_next.view(x.shape)
+
+
+def _call(name: str, backend: str, *arguments: Any) -> Any:
+    """Run an op: through its registration where a graph is recorded, at once where only the value is wanted.
+
+    A custom op's way through the dispatcher costs more than the arithmetic of one decoded token.
+    """
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    ):
+        return getattr(registered, name)(*arguments, backend)
+    implementation = eager if backend == "torch" else registered.get_implementation(backend)
+    return registered.exempt_from_autocast(getattr(implementation, name))(*arguments)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _match(x: Tensor, *parameters: Tensor) -> list[Tensor]:
+    dtype = _compute_dtype(x)
+    return [parameter.to(dtype).contiguous() for parameter in parameters]
+
+
+def _flatten_tokens(x: Tensor) -> Tensor:
+    """[..., n, C] -> [T, n, C], copied only where strides leave no other way."""
+    return x.reshape(-1, *x.shape[-2:]).contiguous()
+
+
+def _flatten_branch(branch_out: Tensor) -> Tensor:
+    return branch_out.reshape(-1, branch_out.shape[-1]).contiguous()
+
+
+def _flatten_map(h: Tensor, x: Tensor) -> Tensor:
+    """[..., n] or [..., n, n] -> [n, T] or [n, n, T] in the dtype of the computation."""
+    flat = h.to(_compute_dtype(x)).reshape(-1, *h.shape[x.dim() - 2 :])
+    return flat.movedim(0, -1).contiguous()
+
+
+def _unflatten(h: Tensor, x: Tensor) -> Tensor:
+    """[n, T] or [n, n, T] -> [..., n] or [..., n, n], a view."""
+    return h.movedim(-1, 0).unflatten(0, x.shape[:-2])

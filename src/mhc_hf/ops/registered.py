@@ -1,0 +1,274 @@
+"""The ops as torch.library custom ops: one registration with fake and autograd, two implementations (torch, triton).
+
+Shapes: T tokens, n streams, C channels, m = (n+2)*n; x [T, n, C] contiguous, branch tensors [T, C] contiguous, numbers
+a token token-last: h_pre [n, T], h_post [n, T], h_res [n, n, T], projected [m, T], inv_rms [T].
+
+A backward is an op of its own, so that a compiled graph holds the two ends of it and nothing in between. Saved for it:
+the streams, the branch output, and m + 1 numbers a token; the maps of a site are made again from those.
+
+`link` is how one node comes to own all uses of x. It has the shape of x but no memory, and stands for "the streams
+that the site mixes": `read` returns it, `write` takes it, and its gradient is the gradient of the streams after the
+site, as it came. `read`'s backward then does what a write's would, H_res^T d_x_next and <d_x_next_i, x_j>, in the pass
+that it makes over x anyway, and no partial d_x is written, read and added.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .sinkhorn import backpropagate_projection, project_doubly_stochastic
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def exempt_from_autocast(implementation: Callable[P, R]) -> Callable[P, R]:
+    """Maps decide what of a stream survives a hundred sites: never in half precision, whatever autocast says."""
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        device_type = args[0].device.type  # type: ignore[attr-defined]
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args, **kwargs)
+
+    return call
+
+
+def get_implementation(backend: str) -> ModuleType:
+    """The module that computes: `eager` for "torch", the launchers for "triton" (imported here, on first use)."""
+    if backend == "triton":
+        from .triton import launch
+
+        return launch
+    return eager
+
+
+def _register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    op = torch.library.custom_op(
+        f"mhc_hf::{name}", exempt_from_autocast(implementation), mutates_args=(), schema=schema
+    )
+    op.register_fake(fake)
+    return op
+
+
+# ---- Sinkhorn-Knopp alone -------------------------------------------------------------------------------------------
+
+
+def _sinkhorn(logits, num_iters, backend):
+    if backend == "triton":
+        return get_implementation(backend).project_doubly_stochastic(logits, num_iters)
+    return project_doubly_stochastic(logits, num_iters)
+
+
+def _sinkhorn_backward(grad, logits, num_iters, backend):
+    if backend == "triton":
+        return get_implementation(backend).backpropagate_projection(grad, logits, num_iters)
+    return backpropagate_projection(grad, logits, num_iters)
+
+
+sinkhorn = _register(
+    "sinkhorn",
+    "(Tensor logits, int num_iters, str backend) -> Tensor",
+    _sinkhorn,
+    lambda logits, num_iters, backend: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)
+sinkhorn_backward = _register(
+    "sinkhorn_backward",
+    "(Tensor grad, Tensor logits, int num_iters, str backend) -> Tensor",
+    _sinkhorn_backward,
+    lambda grad, logits, num_iters, backend: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)
+
+
+def _save_sinkhorn(ctx, inputs, output):
+    logits, ctx.num_iters, ctx.backend = inputs
+    ctx.save_for_backward(logits)
+
+
+def _differentiate_sinkhorn(ctx, grad):
+    (logits,) = ctx.saved_tensors
+    return sinkhorn_backward(grad.contiguous(), logits, ctx.num_iters, ctx.backend), None, None
+
+
+sinkhorn.register_autograd(_differentiate_sinkhorn, setup_context=_save_sinkhorn)
+
+
+# ---- what a site does before its branch -----------------------------------------------------------------------------
+
+_READ_ARGUMENTS = "(Tensor x, Tensor phi, Tensor bias, Tensor alpha, int num_iters, float norm_eps, str backend)"
+
+
+def _coefficients(x, phi, bias, alpha, num_iters, norm_eps, backend):
+    return get_implementation(backend).coefficients(x, phi, bias, alpha, num_iters, norm_eps)
+
+
+def _fake_coefficients(x, phi, bias, alpha, num_iters, norm_eps, backend):
+    num_tokens, n, _ = x.shape
+    shapes = ((n, num_tokens), (n, num_tokens), (n, n, num_tokens), (phi.shape[0], num_tokens), (num_tokens,))
+    return tuple(phi.new_empty(shape) for shape in shapes)
+
+
+def _read(x, phi, bias, alpha, num_iters, norm_eps, backend):
+    outputs = get_implementation(backend).read(x, phi, bias, alpha, num_iters, norm_eps)
+    return *outputs, _new_link(x)
+
+
+def _fake_read(x, phi, bias, alpha, num_iters, norm_eps, backend):
+    _, *others = _fake_coefficients(x, phi, bias, alpha, num_iters, norm_eps, backend)
+    return x.new_empty(x.shape[0], x.shape[2]), *others, _new_link(x)
+
+
+def _new_link(x):
+    return x.new_zeros(1).expand(x.shape)
+
+
+coefficients = _register(
+    "coefficients", _READ_ARGUMENTS + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _coefficients, _fake_coefficients
+)
+read = _register("read", _READ_ARGUMENTS + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _read, _fake_read)
+
+
+def _read_backward(
+    x, phi, bias, alpha, projected, inv_rms, num_iters, d_branch_in, d_h_pre, d_h_post, d_h_res, d_x_next, backend
+):
+    return get_implementation(backend).backpropagate_read(
+        x, phi, bias, alpha, projected, inv_rms, num_iters, d_branch_in, d_h_pre, d_h_post, d_h_res, d_x_next
+    )
+
+
+read_backward = _register(
+    "read_backward",
+    "(Tensor x, Tensor phi, Tensor bias, Tensor alpha, Tensor projected, Tensor inv_rms, int num_iters,"
+    " Tensor? d_branch_in, Tensor? d_h_pre, Tensor? d_h_post, Tensor? d_h_res, Tensor? d_x_next, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _read_backward,
+    lambda x, phi, bias, alpha, *_: tuple(torch.empty_like(t) for t in (x, phi, bias, alpha)),
+)
+
+
+def _save_coefficients(ctx, inputs, output):
+    *tensors, ctx.num_iters, _, ctx.backend = inputs
+    projected, inv_rms = output[3:5]
+    ctx.mark_non_differentiable(projected, inv_rms)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, projected, inv_rms)
+
+
+def _differentiate_coefficients(ctx, d_h_pre, d_h_post, d_h_res, _projected, _inv_rms):
+    grads = (None, _contiguous(d_h_pre), _contiguous(d_h_post), _contiguous(d_h_res), None)
+    return *read_backward(*ctx.saved_tensors, ctx.num_iters, *grads, ctx.backend), None, None, None
+
+
+def _save_read(ctx, inputs, output):
+    *tensors, ctx.num_iters, _, ctx.backend = inputs
+    projected, inv_rms = output[3:5]
+    ctx.mark_non_differentiable(projected, inv_rms)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, projected, inv_rms)
+
+
+def _differentiate_read(ctx, d_branch_in, d_h_post, d_h_res, _projected, _inv_rms, d_x_next):
+    grads = (_contiguous(d_branch_in), None, _contiguous(d_h_post), _contiguous(d_h_res), _contiguous(d_x_next))
+    return *read_backward(*ctx.saved_tensors, ctx.num_iters, *grads, ctx.backend), None, None, None
+
+
+coefficients.register_autograd(_differentiate_coefficients, setup_context=_save_coefficients)
+read.register_autograd(_differentiate_read, setup_context=_save_read)
+
+
+# ---- H_pre x alone --------------------------------------------------------------------------------------------------
+
+pre = _register(
+    "pre",
+    "(Tensor x, Tensor h_pre, str backend) -> Tensor",
+    lambda x, h_pre, backend: get_implementation(backend).pre(x, h_pre),
+    lambda x, h_pre, backend: x.new_empty(x.shape[0], x.shape[2]),
+)
+pre_backward = _register(
+    "pre_backward",
+    "(Tensor x, Tensor h_pre, Tensor d_branch_in, str backend) -> (Tensor, Tensor)",
+    lambda x, h_pre, d_branch_in, backend: get_implementation(backend).backpropagate_pre(x, h_pre, d_branch_in),
+    lambda x, h_pre, d_branch_in, backend: (torch.empty_like(x), torch.empty_like(h_pre)),
+)
+
+
+def _save_pre(ctx, inputs, output):
+    x, h_pre, ctx.backend = inputs
+    ctx.save_for_backward(x, h_pre)
+
+
+def _differentiate_pre(ctx, d_branch_in):
+    return *pre_backward(*ctx.saved_tensors, d_branch_in.contiguous(), ctx.backend), None
+
+
+pre.register_autograd(_differentiate_pre, setup_context=_save_pre)
+
+
+# ---- what a site does after its branch ------------------------------------------------------------------------------
+
+post_res = _register(
+    "post_res",
+    "(Tensor x, Tensor branch_out, Tensor h_post, Tensor h_res, str backend) -> Tensor",
+    lambda x, branch_out, h_post, h_res, backend: get_implementation(backend).post_res(x, branch_out, h_post, h_res),
+    lambda x, branch_out, h_post, h_res, backend: torch.empty_like(x),
+)
+write = _register(
+    "write",
+    "(Tensor link, Tensor x, Tensor branch_out, Tensor h_post, Tensor h_res, str backend) -> Tensor",
+    lambda link, x, branch_out, h_post, h_res, backend: get_implementation(backend).post_res(
+        x, branch_out, h_post, h_res
+    ),
+    lambda link, x, branch_out, h_post, h_res, backend: torch.empty_like(x),
+)
+write_backward = _register(
+    "write_backward",
+    "(Tensor branch_out, Tensor h_post, Tensor d_x_next, str backend) -> (Tensor, Tensor)",
+    lambda branch_out, h_post, d_x_next, backend: get_implementation(backend).backpropagate_write(
+        branch_out, h_post, d_x_next
+    ),
+    lambda branch_out, h_post, d_x_next, backend: (torch.empty_like(branch_out), torch.empty_like(h_post)),
+)
+mix_backward = _register(
+    "mix_backward",
+    "(Tensor x, Tensor h_res, Tensor d_x_next, str backend) -> (Tensor, Tensor)",
+    lambda x, h_res, d_x_next, backend: get_implementation(backend).backpropagate_mix(x, h_res, d_x_next),
+    lambda x, h_res, d_x_next, backend: (torch.empty_like(x), torch.empty_like(h_res)),
+)
+
+
+def _save_post_res(ctx, inputs, output):
+    x, branch_out, h_post, h_res, ctx.backend = inputs
+    ctx.save_for_backward(x, branch_out, h_post, h_res)
+
+
+def _differentiate_post_res(ctx, d_x_next):
+    x, branch_out, h_post, h_res = ctx.saved_tensors
+    d_x_next = d_x_next.contiguous()
+    d_branch_out, d_h_post = write_backward(branch_out, h_post, d_x_next, ctx.backend)
+    d_x, d_h_res = mix_backward(x, h_res, d_x_next, ctx.backend)
+    return d_x, d_branch_out, d_h_post, d_h_res, None
+
+
+def _save_write(ctx, inputs, output):
+    _, _, branch_out, h_post, _, ctx.backend = inputs
+    ctx.save_for_backward(branch_out, h_post)
+
+
+def _differentiate_write(ctx, d_x_next):
+    d_x_next = d_x_next.contiguous()
+    d_branch_out, d_h_post = write_backward(*ctx.saved_tensors, d_x_next, ctx.backend)
+    # x and h_res get theirs from `read`'s backward, to which the link carries d_x_next
+    return d_x_next, None, d_branch_out, d_h_post, None, None
+
+
+post_res.register_autograd(_differentiate_post_res, setup_context=_save_post_res)
+write.register_autograd(_differentiate_write, setup_context=_save_write)
+
+
+def _contiguous(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.contiguous()
