@@ -36,8 +36,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnusableSource(
-            f"`source`={source.given!r}: AutoTokenizer cannot load its tokenizer ({reason}). Install what it asks for, or "
-            "mend the tokenizer's files; without any the model is converted alone."
+            f"`source`={source.given!r}: AutoTokenizer cannot load its tokenizer ({reason}). Install what it asks for, "
+            "or mend the tokenizer's files; without any the model is converted alone."
         ) from error
 
 
@@ -88,9 +88,9 @@ def model_card(source: Source, *, family: str, hc_mult: int, start: str) -> str:
 
 # {base}, widened into {hc_mult} residual streams
 
-This is {base}{at} with manifold-constrained hyper-connections (mHC, arXiv 2512.24880): around every attention and MLP a
-few float32 parameters read, write and mix {hc_mult} residual streams. As it stands it computes what {base} computes; what
-the streams are good for comes with fine-tuning.
+This is {base}{at} with manifold-constrained hyper-connections (mHC, arXiv 2512.24880): around every attention and MLP
+a few float32 parameters read, write and mix {hc_mult} residual streams. As it stands it computes what {base} computes;
+what the streams are good for comes with fine-tuning.
 
 ```python
 import mhc_hf

@@ -6,11 +6,15 @@ go over unread, so time and memory depend on the number of sites, not on the siz
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,7 +28,6 @@ from .manifest import WrittenFile, describe, write_manifest
 from .output import is_full, require_replaceable, require_space, resolve_output
 from .plan import Plan, check_dtype, check_start, make_plan
 from .report import ConversionReport
-from .shard import Shard
 from .source import open_source
 from .staging import staged
 from .writing import must_rewrite, rewrite_shard, write_safetensors
@@ -77,9 +80,9 @@ def convert_checkpoint(
                 f"`output_dir`={str(final)!r}: the disk became full, and nothing is left there."
             ) from error
         raise
-    count = {
-        how: sum(file.bytes for file in files if file.how == how) for how in ("cloned", "linked", "copied", "written")
-    }
+    count: Counter[str] = Counter()
+    for file in files:
+        count[file.how] += file.bytes
     return ConversionReport(
         output_dir=Path(output_dir),
         family=str(plan.config.base_model_type),
@@ -97,64 +100,83 @@ def convert_checkpoint(
 
 
 def _build(plan: Plan) -> list[WrittenFile]:
-    """Build the folder aside and put it in place."""
+    """Build the folder aside and put it in place; what it holds, by file."""
     with staged(plan.final) as staging:
-        folder, shards = staging.path, plan.checkpoint.shards
-        names = {s.name: takeover.base_name(position, len(shards)) for position, s in enumerate(shards, 1)}
-        # what can be shared first: only then is it known how much must be written
-        ways = {
-            s.name: takeover.share(s.path.resolve(), folder / names[s.name]) if plan.shared(s) else None for s in shards
-        }
-        rest = [shard for shard in shards if ways[shard.name] is None]
-        require_space(plan.final, plan.room(rest))
-        written = [WrittenFile(names[s.name], s.size, str(ways[s.name]), s.name) for s in shards if s not in rest]
-        written += _write_rest(plan, rest, names, folder)
+        folder = staging.path
+        weights = _take_over(plan, folder)
         mhc = write_safetensors(folder / MHC_SHARD, plan.mhc_shapes, _start_values(plan.sites))
-        written.append(WrittenFile(MHC_SHARD, mhc.size, "written"))
-
-        _write_index(plan, names, folder)
+        weights.append(WrittenFile(MHC_SHARD, mhc.size, "written"))
+        _write_index(plan, folder)
         plan.config.save_pretrained(folder)
         companions.carry(plan.source, plan.tokenizer, folder)
-        facts = {"base": plan.source.given, "base_commit": plan.source.commit, "family": plan.config.base_model_type}
-        facts |= {"hc_mult": plan.config.hc_mult, "hc_start": plan.config.hc_start}
-        facts |= {"dtype": str(plan.dtype).removeprefix("torch.") if plan.dtype else None}
-        facts |= {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
         card = companions.model_card(
-            plan.source, family=str(facts["family"]), hc_mult=plan.config.hc_mult, start=plan.config.hc_start
+            plan.source,
+            family=str(plan.config.base_model_type),
+            hc_mult=plan.config.hc_mult,
+            start=plan.config.hc_start,
         )
         (folder / companions.CARD).write_text(card, encoding="utf-8")
-        files = describe(folder, written)
-        write_manifest(folder, facts, files)
+        files = describe(folder, weights)
+        write_manifest(folder, _facts(plan), files)
 
-        replace = plan.final.is_dir() and any(plan.final.iterdir())
-        if replace:
+        replace = plan.overwrite and plan.final.is_dir() and any(plan.final.iterdir())
+        if replace:  # looked at again: the conversion may have taken an hour
             require_replaceable(plan.final, f"`output_dir`={str(plan.final)!r}")
-        staging.publish(replace and plan.overwrite)
+        staging.publish(replace)
     return files
 
 
-def _write_rest(plan: Plan, rest: list[Shard], names: dict[str, str], folder: Path) -> list[WrittenFile]:
-    """Copy or rewrite the shards that could not be shared."""
-    written = []
-    with tqdm(
-        total=plan.weight_bytes(rest), unit="B", unit_scale=True, desc="Base weights", disable=None if rest else True
-    ) as bar:
+def _take_over(plan: Plan, folder: Path) -> list[WrittenFile]:
+    """Bring the base's weights into `folder`, shared where that is possible."""
+    taken, rest = [], []
+    # sharing comes first: only then is it known how much must be written
+    for shard in plan.checkpoint.shards:
+        target = folder / plan.names[shard.name]
+        how = takeover.share(shard.path.resolve(), target) if plan.shared(shard) else None
+        if how is None:
+            rest.append(shard)
+        else:
+            taken.append(WrittenFile(target.name, shard.size, how, shard.name))
+    require_space(plan.final, plan.room(rest))
+
+    total = plan.weight_bytes(rest)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Base weights", disable=None if rest else True) as bar:
         for shard in rest:
-            target = folder / names[shard.name]
+            target = folder / plan.names[shard.name]
             if must_rewrite(shard, plan.dtype):
                 size = rewrite_shard(shard, target, plan.dtype, bar.update).size
-                written.append(WrittenFile(target.name, size, "written", shard.name))
+                taken.append(WrittenFile(target.name, size, "written", shard.name))
             else:
                 takeover.copy(shard.path.resolve(), target, bar.update)
-                if target.stat().st_size != shard.size:
-                    raise DamagedCheckpoint(f"{shard.path} changed while it was copied. Run the conversion again.")
-                written.append(WrittenFile(target.name, shard.size, "copied", shard.name))
-    return written
+                taken.append(WrittenFile(target.name, shard.size, "copied", shard.name))
+    changed = [shard.path for shard in plan.checkpoint.shards if shard.path.stat().st_size != shard.size]
+    if changed:
+        raise DamagedCheckpoint(f"{changed[0]} changed while it was converted. Run again when nobody writes to it.")
+    return taken
 
 
-def _write_index(plan: Plan, names: dict[str, str], folder: Path) -> None:
-    weight_map = {tensor: names[shard.name] for shard in plan.checkpoint.shards for tensor in shard.tensors}
-    weight_map |= {tensor: names[shard] for tensor, shard in plan.checkpoint.weight_map.items()}
+def _facts(plan: Plan) -> dict[str, Any]:
+    """What the manifest says beside its files."""
+    package = __name__.partition(".")[0]
+    return {
+        "base": plan.source.given,
+        "base_revision": plan.source.asked_revision,
+        "base_commit": plan.source.commit,
+        "family": plan.config.base_model_type,
+        "hc_mult": plan.config.hc_mult,
+        "hc_start": plan.config.hc_start,
+        "dtype": None if plan.dtype is None else str(plan.dtype).removeprefix("torch."),
+        "versions": {
+            package: sys.modules[package].__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _write_index(plan: Plan, folder: Path) -> None:
+    weight_map = {tensor: plan.names[shard.name] for shard in plan.checkpoint.shards for tensor in shard.tensors}
+    weight_map |= {tensor: plan.names[shard] for tensor, shard in plan.checkpoint.weight_map.items()}
     weight_map |= dict.fromkeys(plan.mhc_shapes, MHC_SHARD)
     metadata = {
         "total_parameters": plan.checkpoint.parameters + plan.mhc_parameters,
@@ -165,8 +187,12 @@ def _write_index(plan: Plan, names: dict[str, str], folder: Path) -> None:
 
 
 def _start_values(sites: dict[str, HyperConnection]) -> Callable[[str], torch.Tensor]:
+    @functools.lru_cache(maxsize=1)  # a site's tensors are asked for one after the other
+    def values(site: str) -> dict[str, torch.Tensor]:
+        return sites[site].start_values()
+
     def load(name: str) -> torch.Tensor:
         site, _, parameter = name.rpartition(".")
-        return sites[site].start_values()[parameter]
+        return values(site)[parameter]
 
     return load

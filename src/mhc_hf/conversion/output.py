@@ -62,9 +62,9 @@ def require_space(final: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise NotEnoughSpace(
-            f"`output_dir`={str(final)!r}: the conversion writes {format_bytes(needed)} ({needed} bytes), and that disk "
-            f"has {format_bytes(free)} free. Make room, or choose a folder on the disk of the source: there, base weights "
-            "are shared and take none (without `copy` and `dtype`)."
+            f"`output_dir`={str(final)!r}: the conversion writes {format_bytes(needed)} ({needed} bytes), and that "
+            f"disk has {format_bytes(free)} free. Make room, or choose a folder on the disk of the source: there, base "
+            "weights are shared and take none (without `copy` and `dtype`)."
         )
 
 

@@ -19,6 +19,7 @@ from .errors import ConversionError, UnusableOutput, UnusableSource
 from .output import can_share, require_space
 from .shard import Shard
 from .source import Source
+from .takeover import base_name
 from .writing import must_rewrite, tensor_bytes
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -38,6 +39,12 @@ class Plan:
     dtype: torch.dtype | None
     overwrite: bool
     copy: bool
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What each base shard is called in the converted folder."""
+        shards = self.checkpoint.shards
+        return {shard.name: base_name(position, len(shards)) for position, shard in enumerate(shards, 1)}
 
     @property
     def mhc_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -96,8 +103,8 @@ def make_plan(
     inside = [shard.path for shard in checkpoint.shards if shard.path.resolve().is_relative_to(final)]
     if inside:
         raise UnusableOutput(
-            f"`output_dir`={str(final)!r} contains {inside[0].resolve().name}, to which the source links. Choose a folder "
-            "of its own."
+            f"`output_dir`={str(final)!r} contains {inside[0].resolve().name}, to which the source links. Choose a "
+            "folder of its own."
         )
     require_space(final, plan.room([shard for shard in checkpoint.shards if not plan.shared(shard)]))
     if dtype is not None:
@@ -144,8 +151,8 @@ def check_start(hc_mult: int, start: str | None) -> None:
         )
     if start is not None and start not in CONVERSION_STARTS:
         raise ConversionError(
-            f"`start` must be one of {', '.join(CONVERSION_STARTS)}, got {start!r}: only these keep the model's function "
-            "and let its streams separate."
+            f"`start` must be one of {', '.join(CONVERSION_STARTS)}, got {start!r}: only these keep the model's "
+            "function and let its streams separate."
         )
     if start is not None and hc_mult < CONVERSION_STARTS[start].min_mult:
         raise ConversionError(

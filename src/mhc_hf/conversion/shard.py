@@ -1,7 +1,7 @@
 """One file of weights: what it holds, read and checked without loading it.
 
-A safetensors file is 8 bytes (length of the header, little endian), a JSON header, and the tensors' bytes end to end; so
-a file that was cut short, or written over, shows from its header and its size alone. A pickled file is mapped, not read.
+A safetensors file is 8 bytes (length of the header, little endian), a JSON header, and the tensors' bytes end to end;
+so a file that was cut short, or written over, shows from its header and its size. A pickled file is mapped, not read.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import ConversionError, HubUnreachable, UnusableSource
 
@@ -71,7 +72,7 @@ def _download(
     from huggingface_hub import errors, snapshot_download
 
     # the HTTP library's own root error, whichever one this huggingface_hub is built on: a proxy error arrives bare
-    transport_error = errors.HfHubHTTPError.__mro__[1]
+    transport_error: Any = errors.HfHubHTTPError.__mro__[1]
     try:
         return snapshot_download(
             repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignore, library_name="mhc_hf"
@@ -102,7 +103,7 @@ def _unreachable(repo: str, error: BaseException) -> ConversionError:
         root = root.__cause__
     reason = (str(root).splitlines() or [""])[0][:200]
     return HubUnreachable(
-        f"`source`={repo!r}: the Hub did not hand it over ({type(root).__name__}: {reason}), and the Hub cache does not "
-        "have it in whole. Check the connection and HF_ENDPOINT / HF_HUB_OFFLINE and run again (a download resumes), or "
-        "give a local folder."
+        f"`source`={repo!r}: the Hub did not hand it over ({type(root).__name__}: {reason}), and the Hub cache does "
+        "not have it in whole. Check the connection and HF_ENDPOINT / HF_HUB_OFFLINE and run again (a download "
+        "resumes), or give a local folder."
     )

@@ -52,8 +52,8 @@ class Staging:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
                 raise UnusableOutput(
-                    f"`output_dir`={str(self.final)!r} was written by somebody else while the conversion ran. Nothing of "
-                    "it was changed; choose another name."
+                    f"`output_dir`={str(self.final)!r} was written by somebody else while the conversion ran. Nothing "
+                    "of it was changed; choose another name."
                 ) from error
         self.published = True
         _flush(self.final.parent)
@@ -111,7 +111,7 @@ def _sibling(final: Path) -> Path:
 
 def _make_parents(parent: Path) -> list[Path]:
     """Make the folder and whatever leads to it; the ones that were made, innermost first."""
-    made = []
+    made: list[Path] = []
     missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)

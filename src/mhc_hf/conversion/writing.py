@@ -47,10 +47,11 @@ def write_safetensors(
                 raise RuntimeError(
                     f"{name} changed while it was written: {tensor.dtype} {tuple(tensor.shape)}, {entry}"
                 )
-            file.seek(start + entry.start)
-            data = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-            if data.any():
-                file.write(memoryview(data.numpy()))
+            # one element seen at full size, as a phi of zeros is, is looked at once
+            seen = tensor.flatten()[:1] if not any(tensor.stride()) else tensor
+            if _bytes_of(seen).any():
+                file.seek(start + entry.start)
+                file.write(_bytes_of(tensor).numpy().data)
         file.truncate(start + position)
     return Shard(path.name, path, start + position, entries)
 
@@ -100,6 +101,12 @@ def _target_dtype(shard: Shard, name: str, dtype: torch.dtype | None) -> torch.d
     if stored not in _TORCH_DTYPES:
         raise damaged(shard.path, f"{name!r} is {stored}, which torch has no type for, so the file cannot be rewritten")
     return _TORCH_DTYPES[stored]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # strides spelled out: a dimension of length 1 may carry any, and then cannot be seen as bytes
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _encode_header(entries: Mapping[str, TensorEntry]) -> bytes:
