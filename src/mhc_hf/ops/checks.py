@@ -64,6 +64,6 @@ def _check_precision(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype == torch.float32 or (tensor.dtype == x.dtype == torch.float64):
         return
     raise ValueError(
-        f"`{name}` must be float32, got {tensor.dtype} with `x` {x.dtype}. A map in half precision loses what it learns: "
+        f"`{name}` must be float32, got {tensor.dtype} with `x` {x.dtype}. Half precision loses what a map learns: "
         "keep mHC parameters in float32 and cast with .float() where a wrapper lowered them."
     )

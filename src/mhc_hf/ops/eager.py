@@ -4,8 +4,10 @@ Shapes: T tokens, n streams, C channels of one stream, m = (n+2)*n rows of phi i
 Streams are x [T, n, C], contiguous; the branch reads and writes [T, C]. Numbers a token lie token-last, so that
 operations on them run over contiguous memory: h_pre [n, T], h_post [n, T], h_res [n, n, T] (into, from, token),
 projected [m, T].
-Everything is computed in the dtype of `phi` or of the maps (float32, or float64); streams of a smaller dtype are
-widened one block of tokens at a time, never as a whole.
+
+Everything is computed in the dtype of `phi` or of the maps (float32, or float64), a block of tokens from start to end:
+streams of a smaller dtype are widened once a block, never as a whole, and what one step wrote the next finds in cache.
+Mixing n streams is n broadcast multiply-adds over the block, not a batch of n x n matrix products.
 """
 
 from collections.abc import Iterator
@@ -15,89 +17,80 @@ from torch import Tensor
 
 from .sinkhorn import backpropagate_projection, project_doubly_stochastic
 
-# numbers in a widened block: 4 MiB in float32, large enough that dispatch is nothing, small enough for a cache
-_BLOCK_NUMBERS = 2**20
+# numbers in a block: 8 MiB in float32, where the dispatch of some 200 operations no longer counts
+_BLOCK_NUMBERS = 2**21
 
 
 def coefficients(
     x: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor, num_iters: int, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The three maps of a site (Eq. 7 and 8): h_pre, h_post, h_res, and for backward projected, inv_rms [T]."""
-    n = x.shape[1]
-    projected, inv_rms = project(x, phi, norm_eps)
-    logits = compute_logits(projected, inv_rms, bias, alpha, n)
-    h_pre = torch.sigmoid(logits[:n])
-    h_post = torch.sigmoid(logits[n : 2 * n]).mul_(2)
-    h_res = project_doubly_stochastic(logits[2 * n :].unflatten(0, (n, n)), num_iters)
-    return h_pre, h_post, h_res, projected, inv_rms
+    parts = [
+        _compute_maps(x_block, phi, bias, alpha, num_iters, norm_eps) for _, x_block in _split_tokens(x, phi.dtype)
+    ]
+    return _join_tokens(parts)
 
 
-def read(
-    x: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor, num_iters: int, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def read(x: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor, num_iters: int, norm_eps: float) -> tuple[Tensor, ...]:
     """All that a site does before its branch: branch_in [T, C], h_post, h_res, and for backward projected, inv_rms."""
-    h_pre, h_post, h_res, projected, inv_rms = coefficients(x, phi, bias, alpha, num_iters, norm_eps)
-    return pre(x, h_pre), h_post, h_res, projected, inv_rms
-
-
-def project(x: Tensor, phi: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
-    """phi @ x_vec, not yet normalised, [m, T], and 1 / rms(x_vec), [T]."""
-    num_tokens, n, num_channels = x.shape
-    width = n * num_channels
-    projected = phi.new_empty(num_tokens, phi.shape[0])
-    norms = phi.new_empty(num_tokens)
-    for block, x_block in _widen(x, phi.dtype):
-        x_vec = x_block.view(-1, width)
-        torch.mm(x_vec, phi.T, out=projected[block])
-        torch.linalg.vector_norm(x_vec, dim=-1, out=norms[block])
-    inv_rms = norms.square_().mul_(1 / width).add_(norm_eps).rsqrt_()
-    return projected.T.contiguous(), inv_rms
-
-
-def compute_logits(projected: Tensor, inv_rms: Tensor, bias: Tensor, alpha: Tensor, n: int) -> Tensor:
-    """alpha * projected / rms + bias, [m, T]."""
-    return torch.addcmul(bias[:, None], _repeat_gates(alpha, n)[:, None], projected * inv_rms)
+    branch_in = x.new_empty(x.shape[0], x.shape[2])
+    parts = []
+    for block, x_block in _split_tokens(x, phi.dtype):
+        h_pre, *others = _compute_maps(x_block, phi, bias, alpha, num_iters, norm_eps)
+        _collapse(x_block, h_pre, branch_in[block])
+        parts.append(others)
+    return branch_in, *_join_tokens(parts)
 
 
 def pre(x: Tensor, h_pre: Tensor) -> Tensor:
     """H_pre x. [T, C]"""
     branch_in = x.new_empty(x.shape[0], x.shape[2])
-    for block, x_block in _widen(x, h_pre.dtype):
-        total = h_pre[0, block, None] * x_block[:, 0]
-        for i in range(1, x.shape[1]):
-            total.addcmul_(h_pre[i, block, None], x_block[:, i])
-        branch_in[block] = total
+    for block, x_block in _split_tokens(x, h_pre.dtype):
+        _collapse(x_block, h_pre[:, block], branch_in[block])
     return branch_in
 
 
 def post_res(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     """x' = H_res x + H_post F (Eq. 3). [T, n, C]"""
     x_next = torch.empty_like(x)
-    for block, x_block in _widen(x, h_post.dtype):
-        total = h_post[:, block].T[:, :, None] * branch_out[block, None]
+    for block, x_block in _split_tokens(x, h_post.dtype):
+        total = _get_buffer(x_next[block], h_post.dtype)
+        torch.mul(_per_stream(h_post[:, block]), branch_out[block, None], out=total)
         for j in range(x.shape[1]):
-            total.addcmul_(h_res[:, j, block].T[:, :, None], x_block[:, j, None])
-        x_next[block] = total
+            total.addcmul_(_per_stream(h_res[:, j, block]), x_block[:, j, None])
+        _store(total, x_next[block])
     return x_next
 
 
 def backpropagate_pre(x: Tensor, h_pre: Tensor, d_branch_in: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and h_pre."""
-    d_x = (h_pre.T[:, :, None] * d_branch_in[:, None]).to(x.dtype)
-    return d_x, _dot_streams(x, d_branch_in, h_pre.dtype)
+    d_x, d_h_pre = torch.empty_like(x), torch.empty_like(h_pre)
+    for block, x_block in _split_tokens(x, h_pre.dtype):
+        d_block = d_branch_in[block].to(h_pre.dtype)
+        d_x[block] = _per_stream(h_pre[:, block]) * d_block[:, None]
+        d_h_pre[:, block] = _dot_channels(x_block, d_block)
+    return d_x, d_h_pre
 
 
 def backpropagate_write(branch_out: Tensor, h_post: Tensor, d_x_next: Tensor) -> tuple[Tensor, Tensor]:
     """The part of the backward of `post_res` that its branch waits for: gradients of branch_out and h_post."""
-    return pre(d_x_next, h_post), _dot_streams(d_x_next, branch_out, h_post.dtype)
+    d_branch_out, d_h_post = torch.empty_like(branch_out), torch.empty_like(h_post)
+    for block, d_block in _split_tokens(d_x_next, h_post.dtype):
+        _collapse(d_block, h_post[:, block], d_branch_out[block])
+        d_h_post[:, block] = _dot_channels(d_block, branch_out[block].to(h_post.dtype))
+    return d_branch_out, d_h_post
 
 
 def backpropagate_mix(x: Tensor, h_res: Tensor, d_x_next: Tensor) -> tuple[Tensor, Tensor]:
     """The rest of the backward of `post_res`: gradients of x and h_res."""
-    d_x = torch.empty_like(x)
-    for block, d_block in _widen(d_x_next, h_res.dtype):
-        d_x[block] = _add_mixed(torch.zeros_like(d_block), h_res[..., block], d_block)
-    return d_x, _dot_all_streams(x, d_x_next, h_res.dtype)
+    d_x, d_h_res = torch.empty_like(x), torch.empty_like(h_res)
+    for block, x_block in _split_tokens(x, h_res.dtype):
+        d_block = d_x_next[block].to(h_res.dtype)
+        total = _get_buffer(d_x[block], h_res.dtype).zero_()
+        _add_mixed(total, h_res[..., block], d_block)
+        _store(total, d_x[block])
+        d_h_res[..., block] = _dot_all_streams(d_block, x_block)
+    return d_x, d_h_res
 
 
 def backpropagate_read(
@@ -120,76 +113,96 @@ def backpropagate_read(
     both gradients of that product are made here: no part of d_x is ever written and read again.
     """
     n, num_channels = x.shape[1:]
-    z = projected * inv_rms
-    gates = _repeat_gates(alpha, n)[:, None]
-    logits = torch.addcmul(bias[:, None], gates, z)
-    h_pre = torch.sigmoid(logits[:n])
-    h_res = None
-
-    d_logits = torch.zeros_like(logits)
-    if d_branch_in is not None:
-        from_branch = _dot_streams(x, d_branch_in, phi.dtype)
-        d_h_pre = from_branch if d_h_pre is None else from_branch.add_(d_h_pre)
-    if d_h_pre is not None:
-        d_logits[:n] = d_h_pre * h_pre * (1 - h_pre)
-    if d_h_post is not None:
-        half = torch.sigmoid(logits[n : 2 * n])
-        d_logits[n : 2 * n] = 2 * d_h_post * half * (1 - half)
-    if d_x_next is not None:
-        from_mix = _dot_all_streams(x, d_x_next, phi.dtype)
-        d_h_res = from_mix if d_h_res is None else from_mix.add_(d_h_res)
-    if d_h_res is not None:
-        logits_res = logits[2 * n :].unflatten(0, (n, n))
-        h_res = project_doubly_stochastic(logits_res, num_iters)
-        d_logits[2 * n :] = backpropagate_projection(d_h_res, logits_res, num_iters).flatten(0, 1)
-
-    d_bias = d_logits.sum(1)
-    d_alpha = torch.stack([part.sum() for part in (d_logits * z).split([n, n, n * n])])
-    d_z = d_logits.mul_(gates)
-    # d(1/rms)/dx is along x itself
-    along_x = (d_z * z).sum(0).mul_(inv_rms.square()).mul_(-1 / (n * num_channels))
-    d_projected = d_z.mul_(inv_rms)
-
     d_x = torch.empty_like(x)
-    d_phi = torch.zeros_like(phi)
-    for block, x_block in _widen(x, phi.dtype):
-        x_vec = x_block.view(-1, n * num_channels)
-        d_phi.addmm_(d_projected[:, block], x_vec)
-        total = torch.mm(d_projected[:, block].T, phi).view_as(x_block)
-        total.addcmul_(along_x[block, None, None], x_block)
+    d_phi, d_bias, d_alpha = torch.zeros_like(phi), torch.zeros_like(bias), torch.zeros_like(alpha)
+    gates = _repeat_gates(alpha, n)[:, None]
+    for block, x_block in _split_tokens(x, phi.dtype):
+        z = projected[:, block] * inv_rms[block]
+        logits = torch.addcmul(bias[:, None], gates, z)
+        d_logits = torch.zeros_like(logits)
+        total = _get_buffer(d_x[block], phi.dtype)
+
+        h_pre = torch.sigmoid(logits[:n])
+        d_pre = None if d_h_pre is None else d_h_pre[:, block]
         if d_branch_in is not None:
-            total.addcmul_(h_pre[:, block].T[:, :, None], d_branch_in[block, None].to(phi.dtype))
-        if d_x_next is not None and h_res is not None:
-            total = _add_mixed(total, h_res[..., block], d_x_next[block].to(phi.dtype))
-        d_x[block] = total
+            d_branch_block = d_branch_in[block].to(phi.dtype)
+            d_pre = _sum_optional(_dot_channels(x_block, d_branch_block, scratch=total), d_pre)
+        if d_pre is not None:
+            d_logits[:n] = d_pre * h_pre * (1 - h_pre)
+        if d_h_post is not None:
+            sigmoid = torch.sigmoid(logits[n : 2 * n])
+            d_logits[n : 2 * n] = 2 * d_h_post[:, block] * sigmoid * (1 - sigmoid)
+        d_res = None if d_h_res is None else d_h_res[..., block]
+        if d_x_next is not None:
+            d_next_block = d_x_next[block].to(phi.dtype)
+            d_res = _sum_optional(_dot_all_streams(d_next_block, x_block, scratch=total), d_res)
+        if d_res is not None:
+            d_logits_res, h_res = backpropagate_projection(d_res, logits[2 * n :].unflatten(0, (n, n)), num_iters)
+            d_logits[2 * n :] = d_logits_res.flatten(0, 1)
+
+        d_bias += d_logits.sum(1)
+        d_alpha += torch.stack([part.sum() for part in (d_logits * z).split([n, n, n * n])])
+        d_z = d_logits.mul_(gates)
+        # the gradient of 1/rms lies along x itself
+        along_x = (d_z * z).sum(0).mul_(inv_rms[block].square()).mul_(-1 / (n * num_channels))
+        d_projected = d_z.mul_(inv_rms[block])
+        d_phi.addmm_(d_projected, x_block.view(-1, n * num_channels))
+
+        torch.mm(d_projected.T, phi, out=total.view(-1, n * num_channels))
+        total.addcmul_(along_x[:, None, None], x_block)
+        if d_branch_in is not None:
+            total.addcmul_(_per_stream(h_pre), d_branch_block[:, None])
+        if d_x_next is not None:
+            _add_mixed(total, h_res, d_next_block)
+        _store(total, d_x[block])
     return d_x, d_phi, d_bias, d_alpha
 
 
-def _add_mixed(total: Tensor, h_res: Tensor, d_x_next: Tensor) -> Tensor:
-    """total + H_res^T d_x_next, in place. [T, n, C]"""
+def _compute_maps(
+    x: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor, num_iters: int, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h_pre, h_post, h_res, projected (phi @ x_vec, not yet normalised) and inv_rms of one block."""
+    n, num_channels = x.shape[1:]
+    x_vec = x.view(-1, n * num_channels)
+    projected = torch.mm(x_vec, phi.T).T.contiguous()
+    mean_square = torch.linalg.vector_norm(x_vec, dim=-1).square_().mul_(1 / (n * num_channels))
+    inv_rms = mean_square.add_(norm_eps).rsqrt_()
+    logits = torch.addcmul(bias[:, None], _repeat_gates(alpha, n)[:, None], projected * inv_rms)
+    h_pre = torch.sigmoid(logits[:n])
+    h_post = torch.sigmoid(logits[n : 2 * n]).mul_(2)
+    h_res = project_doubly_stochastic(logits[2 * n :].view(n, n, -1), num_iters)
+    return h_pre, h_post, h_res, projected, inv_rms
+
+
+def _collapse(x: Tensor, weights: Tensor, out: Tensor) -> None:
+    """out = sum of weights_i x_i. [T, n, C], [n, T] -> [T, C]"""
+    total = _get_buffer(out, weights.dtype)
+    torch.mul(weights[0, :, None], x[:, 0], out=total)
+    for i in range(1, x.shape[1]):
+        total.addcmul_(weights[i, :, None], x[:, i])
+    _store(total, out)
+
+
+def _add_mixed(total: Tensor, h_res: Tensor, d_x_next: Tensor) -> None:
+    """total += H_res^T d_x_next. [T, n, C]"""
     for i in range(h_res.shape[0]):
-        total.addcmul_(h_res[i].T[:, :, None], d_x_next[:, i, None])
-    return total
+        total.addcmul_(_per_stream(h_res[i]), d_x_next[:, i, None])
 
 
-def _dot_streams(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+def _dot_channels(x: Tensor, y: Tensor, scratch: Tensor | None = None) -> Tensor:
     """<x_i, y> over channels. [T, n, C], [T, C] -> [n, T]"""
-    dots = x.new_empty(x.shape[1], x.shape[0], dtype=dtype)
-    for block, x_block in _widen(x, dtype):
-        dots[:, block] = (x_block * y[block, None].to(dtype)).sum(-1).T
-    return dots
+    return torch.mul(x, y[:, None], out=scratch).sum(-1).T
 
 
-def _dot_all_streams(x: Tensor, d_x_next: Tensor, dtype: torch.dtype) -> Tensor:
+def _dot_all_streams(d_x_next: Tensor, x: Tensor, scratch: Tensor | None = None) -> Tensor:
     """<d_x_next_i, x_j> over channels. [n, n, T]"""
-    num_tokens, n, _ = x.shape
-    dots = x.new_empty(n, n, num_tokens, dtype=dtype)
-    for block, x_block in _widen(x, dtype):
-        d_block = d_x_next[block].to(dtype)
-        scratch = torch.empty_like(x_block)
-        for i in range(n):
-            dots[i, :, block] = torch.mul(x_block, d_block[:, i, None], out=scratch).sum(-1).T
-    return dots
+    scratch = torch.empty_like(x) if scratch is None else scratch
+    return torch.stack([_dot_channels(x, d_x_next[:, i], scratch) for i in range(x.shape[1])])
+
+
+def _per_stream(weights: Tensor) -> Tensor:
+    """[n, T] -> [T, n, 1], to weigh the streams of x."""
+    return weights.T[:, :, None]
 
 
 def _repeat_gates(alpha: Tensor, n: int) -> Tensor:
@@ -198,10 +211,32 @@ def _repeat_gates(alpha: Tensor, n: int) -> Tensor:
     return torch.cat([gate_pre.expand(n), gate_post.expand(n), gate_res.expand(n * n)])
 
 
-def _widen(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """x in `dtype`, one block of tokens at a time; x itself where it has that dtype already."""
+def _sum_optional(grad: Tensor, other: Tensor | None) -> Tensor:
+    return grad if other is None else grad + other
+
+
+def _split_tokens(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of tokens and x there, in `dtype`; always at least one block, be it empty."""
     num_tokens, n, num_channels = x.shape
-    step = max(1, num_tokens if x.dtype == dtype else _BLOCK_NUMBERS // (n * num_channels))
-    for start in range(0, num_tokens, step):
+    step = max(1, _BLOCK_NUMBERS // (n * num_channels))
+    for start in range(0, max(1, num_tokens), step):
         block = slice(start, min(start + step, num_tokens))
         yield block, x[block].to(dtype)
+
+
+def _join_tokens(parts: list) -> tuple[Tensor, ...]:
+    """Tensors of all blocks, joined along tokens."""
+    if len(parts) == 1:
+        return tuple(parts[0])
+    return tuple(torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
+
+
+def _get_buffer(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where to compute what `out` will hold: `out` itself unless it is narrower than `dtype`."""
+    return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+
+
+def _store(total: Tensor, out: Tensor) -> None:
+    """Round a buffer of `_get_buffer` into `out`, once."""
+    if total.dtype != out.dtype:
+        out.copy_(total)

@@ -68,7 +68,7 @@ def _sinkhorn(logits, num_iters, backend):
 def _sinkhorn_backward(grad, logits, num_iters, backend):
     if backend == "triton":
         return get_implementation(backend).backpropagate_projection(grad, logits, num_iters)
-    return backpropagate_projection(grad, logits, num_iters)
+    return backpropagate_projection(grad, logits, num_iters)[0]
 
 
 sinkhorn = _register(

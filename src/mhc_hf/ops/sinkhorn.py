@@ -42,15 +42,15 @@ def project_doubly_stochastic(logits: Tensor, num_iters: int) -> Tensor:
     return m
 
 
-def backpropagate_projection(grad: Tensor, logits: Tensor, num_iters: int) -> Tensor:
-    """Gradient of the logits from that of the result, through the unrolled iterations. [n, n, T] each.
+def backpropagate_projection(grad: Tensor, logits: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
+    """Gradient of the logits from that of the result, through the unrolled iterations, and the result. [n, n, T] each.
 
     A half-step divides by sums along one dimension; in logarithms its gradient is g - p * sum(g) with p the matrix
     after the half-step. All p are made again, a block of tokens at a time; no gradient is divided, so finite stays
     finite.
     """
     n, _, num_tokens = logits.shape
-    d_logits = torch.empty_like(logits)
+    d_logits, h_res = torch.empty_like(logits), torch.empty_like(logits)
     log_iters = count_log_iters(n, num_iters)
     for start in range(0, num_tokens, _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -65,4 +65,5 @@ def backpropagate_projection(grad: Tensor, logits: Tensor, num_iters: int) -> Te
         for k in reversed(range(2 * num_iters)):
             g.addcmul_(steps[k], g.sum(k % 2, keepdim=True), value=-1)
         d_logits[..., block] = g
-    return d_logits
+        h_res[..., block] = steps[-1]
+    return d_logits, h_res
