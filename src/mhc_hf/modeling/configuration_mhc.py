@@ -1,7 +1,7 @@
 """MHCConfig: the base model's configuration, flat, and the few fields that hyper-connections add.
 
-In JSON it is the base's fields with `model_type: "mhc"`, `base_model_type` and `hc_*`. In Python every family has a class of
-its own, `MHCLlamaConfig(LlamaConfig, MHCConfig)` and so on, made when it is first asked for.
+In JSON it is the base's fields with `model_type: "mhc"`, `base_model_type` and `hc_*`. In Python every family has a
+class of its own, `MHCLlamaConfig(LlamaConfig, MHCConfig)` and so on, made when it is first asked for.
 """
 
 import functools
@@ -28,7 +28,8 @@ class MHCConfig(PreTrainedConfig):
         hc_sinkhorn_iters: t_max of Eq. 9, >= 1.
         hc_start: what the mHC parameters begin with where no checkpoint holds them: "paper" (training from scratch),
             "orthogonal" or "copies" (conversions; both preserve the base model's function).
-        hc_alpha_init: gating factor of the dynamic maps at the start; None takes the start's own: 0.01 for "paper", 1 else.
+        hc_alpha_init: gating factor of the dynamic maps at the start; None takes the start's own: 0.01 for "paper",
+            1 for a conversion.
         hc_norm_eps: added to the mean square before its root is taken.
     Raises:
         ValueError: a field is out of range, or the base family is not supported.
@@ -63,7 +64,8 @@ class MHCConfig(PreTrainedConfig):
             self.hc_alpha_init = start.alpha
         if not self.hc_alpha_init:
             raise ValueError(
-                f"`hc_alpha_init` must not be 0, got {self.hc_alpha_init!r}: with phi = 0 neither would ever get a gradient."
+                f"`hc_alpha_init` must not be 0, got {self.hc_alpha_init!r}: with phi = 0 neither would ever learn. "
+                f"The start {self.hc_start!r} takes {start.alpha}."
             )
         super().__post_init__(**kwargs)
 
@@ -105,7 +107,8 @@ class MHCConfig(PreTrainedConfig):
         base_model_type = config_dict.get("base_model_type")
         if base_model_type is None:
             raise ValueError(
-                '`base_model_type` is missing from a configuration of `model_type: "mhc"`. It names the base family, e.g. "llama".'
+                '`base_model_type` is missing from a configuration of `model_type: "mhc"`. '
+                'It names the base family, e.g. "llama".'
             )
         return config_class_for(base_model_type).from_dict(config_dict, **kwargs)
 
@@ -146,7 +149,7 @@ def family_class_name(base_model_type: str) -> str:
 
 
 def __getattr__(name: str) -> type[MHCConfig]:
-    """Family classes by name, so that pickles and spawned processes find them before anyone has asked for the family."""
+    """Family classes by name: pickles and spawned processes look for them before anyone has asked for the family."""
     base_name = name.removeprefix("MHC")
     if base_name != name:
         for model_type, config_name in CONFIG_MAPPING_NAMES.items():

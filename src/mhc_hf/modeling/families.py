@@ -1,8 +1,8 @@
 """Classes made per family on demand, and their registration with transformers.
 
-`MHCLlamaForCausalLM(MHCForCausalLM, LlamaForCausalLM, GenerationMixin)` and its like: the family's own forward, caches, heads
-and parallel plans, with hyper-connections put in as the last step of construction. All that has to be said to transformers
-about a class from outside is said here.
+`MHCLlamaForCausalLM(MHCForCausalLM, LlamaForCausalLM, GenerationMixin)` and its like: the family's own forward, caches,
+heads and parallel plans, with hyper-connections put in as the last step of construction. All that has to be said to
+transformers about a class from outside is said here.
 """
 
 import types
@@ -43,9 +43,9 @@ HEADS = {
 class Mixins:
     """The classes of `modeling_mhc` that every family's classes derive from, by the Auto class that returns them."""
 
-    model: type
-    causal_lm: type
-    heads: dict[type, type]
+    model: type[PreTrainedModel]
+    causal_lm: type[PreTrainedModel]
+    heads: dict[Any, type[PreTrainedModel]]
 
 
 def supported_families() -> list[str]:
@@ -69,7 +69,8 @@ def form_of(base_model_type: str) -> Form:
 
 def widen_layers(model: PreTrainedModel) -> None:
     """Replace the decoder layers of a family's base model by `MHCDecoderLayer`s that adopt them, in place."""
-    config, layers = model.config, model.layers
+    config: Any = model.config
+    layers: Any = model.layers
     form = form_of(config.base_model_type)
     for index, layer in enumerate(layers):
         layers[index] = MHCDecoderLayer(
@@ -86,8 +87,8 @@ def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
     base_model_type: Any = config_class.base_model_type
     form_of(base_model_type)
     base_config = config_class.__bases__[0]
-    base_model = MODEL_MAPPING[base_config]
-    base_causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    base_model: Any = MODEL_MAPPING[base_config]
+    base_causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     stem = config_class.__name__.removesuffix("Config")
 
     model = _make_class(f"{stem}Model", (mixins.model, base_model), config_class, base_model, base_model)
@@ -120,7 +121,7 @@ def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
 
 
 def _make_class(
-    name: str, bases: tuple[type, ...], config_class: type[MHCConfig], base: type, base_model: type
+    name: str, bases: tuple[type, ...], config_class: type[MHCConfig], base: Any, base_model: Any
 ) -> type[PreTrainedModel]:
     """A family's class. `base` is the class whose declarations it inherits, `base_model` the family's plain model."""
     recorded = dict(getattr(base, "_can_record_outputs", None) or {})
@@ -148,7 +149,7 @@ def _make_class(
 
 
 def __getattr__(name: str) -> type:
-    """Family classes by name, so that pickles and spawned processes find them before anyone has asked for the family."""
+    """Family classes by name: pickles and spawned processes look for them before anyone has asked for the family."""
     for base_model_type in FAMILIES:
         stem = family_class_name(base_model_type).removesuffix("Config")
         if name.startswith((f"{stem}Model", f"{stem}For")):

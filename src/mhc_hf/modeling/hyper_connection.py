@@ -38,8 +38,8 @@ class HyperConnection(nn.Module):
         self.num_iters = config.hc_sinkhorn_iters
         self.norm_eps = config.hc_norm_eps
         self.start = config.hc_start
-        self.alpha_init = config.hc_alpha_init
-        self.phi_std = config.initializer_range if hasattr(config, "initializer_range") else 0.02
+        self.alpha_init: Any = config.hc_alpha_init
+        self.phi_std = getattr(config, "initializer_range", 0.02)
         num_logits = (self.hc_mult + 2) * self.hc_mult
         self.phi = nn.Parameter(torch.empty(num_logits, self.hc_mult * self.hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(num_logits, dtype=torch.float32))

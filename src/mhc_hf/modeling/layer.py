@@ -1,8 +1,8 @@
 """MHCDecoderLayer: one decoder layer for all families.
 
-It adopts the sub-modules of the family's own layer under their own names and puts a hyper-connection around each branch.
-Streams travel flat between layers, [B, S, n*C]; the first layer widens the hidden states, the last one collapses them, so
-that the family's own `Model.forward` runs untouched and its KV cache never hears of n.
+It adopts the sub-modules of the family's own layer under their own names and puts a hyper-connection around each
+branch. Streams travel flat between layers, [B, S, n*C]; the first layer widens the hidden states, the last one
+collapses them, so that the family's own `Model.forward` runs untouched and its KV cache never hears of n.
 """
 
 import inspect

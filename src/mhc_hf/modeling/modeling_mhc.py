@@ -1,7 +1,7 @@
 """MHCModel, MHCForCausalLM and the task heads: what the Auto classes return, whatever the family.
 
-These are the common bases of the families' classes (`families.py`). Called or loaded themselves they give the family's class:
-`MHCForCausalLM(config)` and `MHCForCausalLM.from_pretrained(folder)` return, say, an `MHCLlamaForCausalLM`.
+These are the common bases of the families' classes (`families.py`). Called or loaded themselves they give the family's
+class: `MHCForCausalLM(config)` and `MHCForCausalLM.from_pretrained(folder)` return, say, an `MHCLlamaForCausalLM`.
 """
 
 import copy
@@ -67,7 +67,8 @@ class MHCPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         super().post_init()
         if _loads_a_base.get():
-            self._keys_to_ignore_on_load_missing |= {rf"\.{site}\." for site in SITE_NAMES}
+            by_design = {rf"\.{site}\." for site in SITE_NAMES}
+            self._keys_to_ignore_on_load_missing = set(self._keys_to_ignore_on_load_missing or ()) | by_design
 
     @classmethod
     def _is_common_base(cls) -> bool:
@@ -85,13 +86,14 @@ class MHCPreTrainedModel(PreTrainedModel):
 
 
 class MHCModel(MHCPreTrainedModel):
-    """The decoder without a head. Returns what the base family's model returns; hidden states between layers are [B, S, n*C]."""
+    """The decoder without a head. It returns what its base returns; hidden states between layers are [B, S, n*C]."""
 
     _auto_class_of_kind = AutoModel
 
     def post_init(self) -> None:
         # the family's constructor calls this last, when its layers stand
-        if not any(isinstance(layer, MHCDecoderLayer) for layer in self.layers):
+        layers: Any = self.layers
+        if not any(isinstance(layer, MHCDecoderLayer) for layer in layers):
             widen_layers(self)
         super().post_init()
 
@@ -103,7 +105,7 @@ class MHCForCausalLM(MHCPreTrainedModel):
 
     def post_init(self) -> None:
         # the family's constructor has built its own plain model: give it our class, then let it widen itself
-        base = self.base_model
+        base: Any = self.base_model
         if not isinstance(base, MHCModel):
             base.__class__ = AutoModel._model_mapping[type(self.config)]
             # outputs are captured by class, and the class was another when the model was built
@@ -120,7 +122,7 @@ class MHCForCausalLM(MHCPreTrainedModel):
         *,
         hc: dict[str, Any] | None = None,
         **from_pretrained_kwargs: Any,
-    ) -> "MHCForCausalLM":
+    ) -> Any:
         """Widen a pretrained decoder in memory into `hc_mult` residual streams, without changing its function.
 
         Args:
@@ -129,7 +131,8 @@ class MHCForCausalLM(MHCPreTrainedModel):
             hc_mult: n, the number of residual streams, >= 2.
             start: "orthogonal" (n >= 3) or "copies"; None takes the first that n allows. See docs/math.md.
             hc: further `hc_*` fields of `MHCConfig`.
-            from_pretrained_kwargs: passed to `from_pretrained` (dtype, device_map, revision, token, ...); only with a path.
+            from_pretrained_kwargs: passed to `from_pretrained` (dtype, device_map, revision, token, ...); with a path
+                only.
         Returns:
             The widened model, in the mode (train or eval) of the base; one that was loaded is in eval mode.
         Raises:
@@ -144,7 +147,8 @@ class MHCForCausalLM(MHCPreTrainedModel):
         if isinstance(model_or_path, PreTrainedModel):
             if from_pretrained_kwargs:
                 raise ValueError(
-                    f"{', '.join(sorted(from_pretrained_kwargs))} can be given with a path only; `model_or_path` is a model."
+                    f"{', '.join(sorted(from_pretrained_kwargs))} can be given with a path only, and "
+                    f"`model_or_path` is a {type(model_or_path).__name__}. Set them on the model before you widen it."
                 )
             return _widen_in_memory(model_or_path, MHCConfig.from_base(model_or_path.config, **hc))
         base_config = AutoConfig.from_pretrained(
@@ -177,7 +181,7 @@ class MHCForQuestionAnswering(MHCPreTrainedModel):
     _auto_class_of_kind = AutoModelForQuestionAnswering
 
 
-def _widen_in_memory(model: PreTrainedModel, config: MHCConfig) -> MHCForCausalLM:
+def _widen_in_memory(model: PreTrainedModel, config: MHCConfig) -> PreTrainedModel:
     """A widened model on the tensors of `model`; only the mHC parameters are new."""
     family = MHCForCausalLM._family_class(config)
     _, base_class, _ = family.__bases__

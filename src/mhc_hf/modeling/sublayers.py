@@ -1,8 +1,8 @@
 """The table: which norm and which branch make up the F of each site, a few forms for all families.
 
 A form lists the sites of one decoder layer in order. Names are the attributes of the family's own layer, which
-`MHCDecoderLayer` adopts. A family stands in `FAMILIES` only if the tests have found its widened model equal to its base:
-families that are not listed are refused, never guessed.
+`MHCDecoderLayer` adopts. A family stands in `FAMILIES` only if the tests have found its widened model equal to its
+base: families that are not listed are refused, never guessed.
 """
 
 from dataclasses import dataclass
