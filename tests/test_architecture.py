@@ -75,7 +75,7 @@ def test_the_package_imports_where_the_optional_packages_are_not_installed():
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "matplotlib", "peft", "accelerate"):
+        if name.split(".")[0] in ("triton", "matplotlib", "peft"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import mhc_hf
