@@ -7,7 +7,7 @@ projected [m, T].
 
 Everything is computed in the dtype of `phi` or of the maps (float32, or float64), a block of tokens from start to end:
 streams of a smaller dtype are widened once a block, never as a whole, and what one step wrote the next finds in cache.
-Mixing n streams is n broadcast multiply-adds over the block, not a batch of n x n matrix products.
+Mixing n streams is n broadcast multiply-adds over the block, not a batch of products with n x n matrices.
 """
 
 from collections.abc import Iterator
@@ -135,7 +135,7 @@ def backpropagate_read(
         d_res = None if d_h_res is None else d_h_res[..., block]
         if d_x_next is not None:
             d_next_block = d_x_next[block].to(phi.dtype)
-            d_res = _sum_optional(_dot_all_streams(d_next_block, x_block, scratch=total), d_res)
+            d_res = _sum_optional(_dot_all_streams(d_next_block, x_block), d_res)
         if d_res is not None:
             d_logits_res, h_res = backpropagate_projection(d_res, logits[2 * n :].unflatten(0, (n, n)), num_iters)
             d_logits[2 * n :] = d_logits_res.flatten(0, 1)
@@ -194,10 +194,10 @@ def _dot_channels(x: Tensor, y: Tensor, scratch: Tensor | None = None) -> Tensor
     return torch.mul(x, y[:, None], out=scratch).sum(-1).T
 
 
-def _dot_all_streams(d_x_next: Tensor, x: Tensor, scratch: Tensor | None = None) -> Tensor:
+def _dot_all_streams(d_x_next: Tensor, x: Tensor) -> Tensor:
     """<d_x_next_i, x_j> over channels. [n, n, T]"""
-    scratch = torch.empty_like(x) if scratch is None else scratch
-    return torch.stack([_dot_channels(x, d_x_next[:, i], scratch) for i in range(x.shape[1])])
+    # the one place for a batched product: it reads each stream once, n passes of multiply and sum read it n times
+    return torch.bmm(d_x_next, x.mT).permute(1, 2, 0)
 
 
 def _per_stream(weights: Tensor) -> Tensor:
