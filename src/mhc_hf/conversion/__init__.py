@@ -10,6 +10,8 @@ from .errors import (
     UnusableSource,
 )
 from .report import ConversionReport
+from .verdict import VerificationReport
+from .verify import verify_conversion
 
 __all__ = [
     "ConversionError",
@@ -19,5 +21,7 @@ __all__ = [
     "NotEnoughSpace",
     "UnusableOutput",
     "UnusableSource",
+    "VerificationReport",
     "convert_checkpoint",
+    "verify_conversion",
 ]

@@ -40,24 +40,24 @@ class Checkpoint:
         return sum(entry.numel for entry in self.tensors.values())
 
 
-def read_config(folder: Path, given: str) -> dict[str, Any]:
+def read_config(source: Source) -> dict[str, Any]:
     """config.json of a checkpoint as a plain dict.
 
     Raises:
         UnusableSource: it is missing, not JSON, or names no model type.
     """
-    path = folder / "config.json"
+    path = source.folder / "config.json"
     if not path.is_file():
         raise UnusableSource(
-            f"`source`={given!r} has no config.json. Name a folder that `save_pretrained` wrote or a Hub id of a "
+            f"{source} has no config.json. Name a folder that `save_pretrained` wrote or a Hub id of a "
             "transformers model (an adapter must be merged first, a GGUF file converted)."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnusableSource(f"`source`={given!r}: config.json is not valid JSON ({error}). Fetch it again.") from error
+        raise UnusableSource(f"{source}: config.json is not valid JSON ({error}). Fetch it again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UnusableSource(f"`source`={given!r}: config.json names no `model_type`, so the family is unknown.")
+        raise UnusableSource(f"{source}: config.json names no `model_type`, so the family is unknown.")
     return config
 
 
@@ -80,11 +80,10 @@ def read_checkpoint(source: Source, config: dict[str, Any]) -> Checkpoint:
     if found is None:
         names = [explicit] if explicit else [SINGLE, INDEX, PICKLED, PICKLED_INDEX]
         raise UnusableSource(
-            f"`source`={source.given!r} has no weights: no {', no '.join(names)}. "
-            "Save the model with `save_pretrained` first."
+            f"{source} has no weights: no {', no '.join(names)}. Save the model with `save_pretrained` first."
         )
     if not found.tensors:
-        raise DamagedCheckpoint(f"`source`={source.given!r}: its weight files hold no tensor. Save the model again.")
+        raise DamagedCheckpoint(f"{source}: its weight files hold no tensor. Save the model again.")
     return found
 
 

@@ -36,7 +36,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnusableSource(
-            f"`source`={source.given!r}: AutoTokenizer cannot load its tokenizer ({reason}). Install what it asks for, "
+            f"{source}: AutoTokenizer cannot load its tokenizer ({reason}). Install what it asks for, "
             "or mend the tokenizer's files; without any the model is converted alone."
         ) from error
 
@@ -52,9 +52,7 @@ def check_generation_config(source: Source) -> bool:
     try:
         GenerationConfig.from_pretrained(source.folder)
     except (ValueError, OSError, TypeError) as error:
-        raise UnusableSource(
-            f"`source`={source.given!r}: {GENERATION_CONFIG} does not load ({error}). Mend or remove it."
-        ) from error
+        raise UnusableSource(f"{source}: {GENERATION_CONFIG} does not load ({error}). Mend or remove it.") from error
     return True
 
 

@@ -43,12 +43,21 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: Iterable[WrittenF
     (folder / MANIFEST).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a conversion wrote about itself; None where there is no such file that can be read."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def strangers(folder: Path) -> list[str] | None:
     """Names in `folder` that no conversion wrote or that were changed since; None where it is no conversion at all."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = (read_manifest(folder) or {})["files"]
         files = {entry["name"]: (entry["bytes"], entry.get("sha256")) for entry in listed}
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         return None
     found = []
     for path in _files(folder):

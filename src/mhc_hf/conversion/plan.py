@@ -81,12 +81,10 @@ def make_plan(
     copy: bool,
 ) -> Plan:
     """Look at everything, write nothing."""
-    raw_config = read_config(source.folder, source.given)
+    raw_config = read_config(source)
     config = _widen_config(source, raw_config, hc_mult, start)
     if dtype is not None and raw_config.get("quantization_config") is not None:
-        raise ConversionError(
-            f"`dtype`={dtype} cannot cast the quantized weights of `source`={source.given!r}. Leave `dtype` out."
-        )
+        raise ConversionError(f"`dtype`={dtype} cannot cast the quantized weights of {source}. Leave `dtype` out.")
     tokenizer = companions.load_tokenizer(source)
     companions.check_generation_config(source)
     checkpoint = read_checkpoint(source, raw_config)
@@ -97,8 +95,7 @@ def make_plan(
     already = sorted(plan.mhc_shapes.keys() & checkpoint.tensors.keys())
     if already:
         raise UnusableSource(
-            f"`source`={source.given!r} holds mHC parameters such as {already[0]!r} already. Convert the base it came "
-            "from."
+            f"{source} holds mHC parameters such as {already[0]!r} already. Convert the base it came from."
         )
     inside = [shard.path for shard in checkpoint.shards if shard.path.resolve().is_relative_to(final)]
     if inside:
@@ -116,19 +113,18 @@ def _widen_config(source: Source, raw: dict[str, Any], hc_mult: int, start: str 
     family = raw["model_type"]
     if family == MHCConfig.model_type:
         raise UnusableSource(
-            f"`source`={source.given!r} is already widened (base_model_type={raw.get('base_model_type')!r}, "
+            f"{source} is already widened (base_model_type={raw.get('base_model_type')!r}, "
             f"hc_mult={raw.get('hc_mult')}). Convert the base it came from."
         )
     if family not in supported_families():
         raise UnusableSource(
-            f"`source`={source.given!r} is of family {family!r}, which is not supported. "
-            f"Supported: {', '.join(supported_families())}."
+            f"{source} is of family {family!r}, which is not supported. Supported: {', '.join(supported_families())}."
         )
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UnusableSource(
-            f"`source`={source.given!r}: transformers {transformers.__version__} cannot read its config.json: {error}"
+            f"{source}: transformers {transformers.__version__} cannot read its config.json: {error}"
         ) from error
     try:
         return MHCConfig.from_base(config, hc_mult=hc_mult, hc_start=start or default_start(hc_mult))

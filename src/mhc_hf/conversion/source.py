@@ -29,6 +29,10 @@ class Source:
     asked_revision: str | None = None
     commit: str | None = None  # of a Hub snapshot
     token: str | bool | None = None
+    argument: str = "source"  # what messages call it
+
+    def __str__(self) -> str:
+        return f"`{self.argument}`={self.given!r}"
 
     @property
     def from_hub(self) -> bool:
@@ -42,7 +46,12 @@ class Source:
             _download(self.given, self.commit, self.token, patterns, None)
 
 
-def open_source(source: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Source:
+def open_source(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    argument: str = "source",
+) -> Source:
     """Find `source`: a local folder of that name wins, else it is taken for a Hub id.
 
     Raises:
@@ -50,20 +59,20 @@ def open_source(source: str | os.PathLike[str], revision: str | None, token: str
         HubUnreachable: the Hub does not answer and the files are not in its cache.
     """
     given = os.fspath(source)
-    path = Path(given).expanduser()
+    path, label = Path(given).expanduser(), f"`{argument}`={given!r}"
     if path.is_dir():
         if revision is not None:
             raise UnusableSource(
-                f"`revision`={revision!r} chooses a version on the Hub, but `source`={given!r} is a local folder. "
+                f"`revision`={revision!r} chooses a version on the Hub, but {label} is a local folder. "
                 "Leave `revision` out, or check that version out yourself."
             )
-        return Source(given, path)
+        return Source(given, path, argument=argument)
     if path.exists():
-        raise UnusableSource(f"`source`={given!r} is a file. Name the folder that holds config.json and the weights.")
+        raise UnusableSource(f"{label} is a file. Name the folder that holds config.json and the weights.")
     if path.is_absolute() or given.startswith((".", "~")) or given.count("/") > 1 or not given:
-        raise UnusableSource(f"`source`={given!r}: there is no such folder, and it cannot be a Hub id (owner/name).")
+        raise UnusableSource(f"{label}: there is no such folder, and it cannot be a Hub id (owner/name).")
     folder = Path(_download(given, revision, token, _SMALL_FILES, _FOLDERS))
-    return Source(given, folder, revision, folder.name, token)
+    return Source(given, folder, revision, folder.name, token, argument)
 
 
 def _download(

@@ -69,7 +69,7 @@ def rewrite_shard(
         advance(tensor.nbytes)
         return tensor
 
-    plan = {name: (_target_dtype(shard, name, dtype), entry.shape) for name, entry in shard.tensors.items()}
+    plan = {name: (cast_dtype(shard, name, dtype), entry.shape) for name, entry in shard.tensors.items()}
     if shard.pickled:
         state = load_pickled(shard.path)
         return write_safetensors(path, plan, lambda name: cast(state[name], plan[name][0]))
@@ -89,12 +89,13 @@ def tensor_bytes(shard: Shard, dtype: torch.dtype | None) -> int:
     if not must_rewrite(shard, dtype):
         return sum(entry.nbytes for entry in shard.tensors.values())
     return sum(
-        entry.numel * DTYPE_BITS[DTYPE_NAMES[_target_dtype(shard, name, dtype)]] // 8
+        entry.numel * DTYPE_BITS[DTYPE_NAMES[cast_dtype(shard, name, dtype)]] // 8
         for name, entry in shard.tensors.items()
     )
 
 
-def _target_dtype(shard: Shard, name: str, dtype: torch.dtype | None) -> torch.dtype:
+def cast_dtype(shard: Shard, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a tensor of `shard` gets when the conversion casts to `dtype`; its own if that is None."""
     stored = shard.tensors[name].dtype
     if dtype is not None and stored in _CAST:
         return dtype
