@@ -5,8 +5,8 @@ Streams are x [T, n, C], contiguous; the branch reads and writes [T, C]. Numbers
 operations on them run over contiguous memory: h_pre [n, T], h_post [n, T], h_res [n, n, T] (into, from, token),
 projected [m, T].
 
-Everything is computed in the dtype of `phi` or of the maps (float32, or float64), a block of tokens from start to end:
-streams of a smaller dtype are widened once a block, never as a whole, and what one step wrote the next finds in cache.
+Everything is computed in the dtype of `phi` or of the maps (float32, or float64), a block of tokens at a time: streams
+of a smaller dtype are widened in blocks, never as a whole, and what one step wrote the next finds in a cache.
 Mixing n streams is n broadcast multiply-adds over the block, not a batch of products with n x n matrices.
 """
 
@@ -17,29 +17,22 @@ from torch import Tensor
 
 from .sinkhorn import backpropagate_projection, project_doubly_stochastic
 
-# numbers in a block: 8 MiB in float32, where the dispatch of some 200 operations no longer counts
-_BLOCK_NUMBERS = 2**21
+# numbers in a block: 2 MiB in float32, so that a block's buffers stay in a cache and are never given back to the system
+_BLOCK_NUMBERS = 2**19
 
 
 def coefficients(
     x: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor, num_iters: int, norm_eps: float
 ) -> tuple[Tensor, ...]:
     """The three maps of a site (Eq. 7 and 8): h_pre, h_post, h_res, and for backward projected, inv_rms [T]."""
-    parts = [
-        _compute_maps(x_block, phi, bias, alpha, num_iters, norm_eps) for _, x_block in _split_tokens(x, phi.dtype)
-    ]
-    return _join_tokens(parts)
+    projected, inv_rms = _project(x, phi, norm_eps)
+    return *_compute_maps(projected, inv_rms, bias, alpha, x.shape[1], num_iters), projected, inv_rms
 
 
 def read(x: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor, num_iters: int, norm_eps: float) -> tuple[Tensor, ...]:
     """All that a site does before its branch: branch_in [T, C], h_post, h_res, and for backward projected, inv_rms."""
-    branch_in = x.new_empty(x.shape[0], x.shape[2])
-    parts = []
-    for block, x_block in _split_tokens(x, phi.dtype):
-        h_pre, *others = _compute_maps(x_block, phi, bias, alpha, num_iters, norm_eps)
-        _collapse(x_block, h_pre, branch_in[block])
-        parts.append(others)
-    return branch_in, *_join_tokens(parts)
+    h_pre, h_post, h_res, projected, inv_rms = coefficients(x, phi, bias, alpha, num_iters, norm_eps)
+    return pre(x, h_pre), h_post, h_res, projected, inv_rms
 
 
 def pre(x: Tensor, h_pre: Tensor) -> Tensor:
@@ -113,65 +106,69 @@ def backpropagate_read(
     both gradients of that product are made here: no part of d_x is ever written and read again.
     """
     n, num_channels = x.shape[1:]
-    d_x = torch.empty_like(x)
-    d_phi, d_bias, d_alpha = torch.zeros_like(phi), torch.zeros_like(bias), torch.zeros_like(alpha)
+    z = projected * inv_rms
     gates = _repeat_gates(alpha, n)[:, None]
+    logits = torch.addcmul(bias[:, None], gates, z)
+    h_pre = torch.sigmoid(logits[:n])
+
+    # first walk over the streams: what the maps are told
+    d_pre = torch.zeros_like(h_pre) if d_h_pre is None else d_h_pre.clone()
+    d_res = phi.new_zeros(n, n, x.shape[0]) if d_h_res is None else d_h_res.clone()
     for block, x_block in _split_tokens(x, phi.dtype):
-        z = projected[:, block] * inv_rms[block]
-        logits = torch.addcmul(bias[:, None], gates, z)
-        d_logits = torch.zeros_like(logits)
+        if d_branch_in is not None:
+            d_pre[:, block] += _dot_channels(x_block, d_branch_in[block].to(phi.dtype))
+        if d_x_next is not None:
+            d_res[..., block] += _dot_all_streams(d_x_next[block].to(phi.dtype), x_block)
+
+    d_logits = torch.zeros_like(logits)
+    d_logits[:n] = d_pre * h_pre * (1 - h_pre)
+    if d_h_post is not None:
+        sigmoid = torch.sigmoid(logits[n : 2 * n])
+        d_logits[n : 2 * n] = 2 * d_h_post * sigmoid * (1 - sigmoid)
+    d_logits_res, h_res = backpropagate_projection(d_res, logits[2 * n :].view(n, n, -1), num_iters)
+    d_logits[2 * n :] = d_logits_res.flatten(0, 1)
+    d_bias = d_logits.sum(1)
+    d_alpha = torch.stack([part.sum() for part in (d_logits * z).split([n, n, n * n])])
+    d_z = d_logits.mul_(gates)
+    # the gradient of 1/rms lies along x itself
+    along_x = (d_z * z).sum(0).mul_(inv_rms.square()).mul_(-1 / (n * num_channels))
+    d_projected = d_z.mul_(inv_rms)
+
+    # second walk: what the streams are told
+    d_x, d_phi = torch.empty_like(x), torch.zeros_like(phi)
+    for block, x_block in _split_tokens(x, phi.dtype):
+        d_phi.addmm_(d_projected[:, block], x_block.view(-1, n * num_channels))
         total = _get_buffer(d_x[block], phi.dtype)
-
-        h_pre = torch.sigmoid(logits[:n])
-        d_pre = None if d_h_pre is None else d_h_pre[:, block]
+        torch.mm(d_projected[:, block].T, phi, out=total.view(-1, n * num_channels))
+        total.addcmul_(along_x[block, None, None], x_block)
         if d_branch_in is not None:
-            d_branch_block = d_branch_in[block].to(phi.dtype)
-            d_pre = _sum_optional(_dot_channels(x_block, d_branch_block, scratch=total), d_pre)
-        if d_pre is not None:
-            d_logits[:n] = d_pre * h_pre * (1 - h_pre)
-        if d_h_post is not None:
-            sigmoid = torch.sigmoid(logits[n : 2 * n])
-            d_logits[n : 2 * n] = 2 * d_h_post[:, block] * sigmoid * (1 - sigmoid)
-        d_res = None if d_h_res is None else d_h_res[..., block]
+            total.addcmul_(_per_stream(h_pre[:, block]), d_branch_in[block, None].to(phi.dtype))
         if d_x_next is not None:
-            d_next_block = d_x_next[block].to(phi.dtype)
-            d_res = _sum_optional(_dot_all_streams(d_next_block, x_block), d_res)
-        if d_res is not None:
-            d_logits_res, h_res = backpropagate_projection(d_res, logits[2 * n :].unflatten(0, (n, n)), num_iters)
-            d_logits[2 * n :] = d_logits_res.flatten(0, 1)
-
-        d_bias += d_logits.sum(1)
-        d_alpha += torch.stack([part.sum() for part in (d_logits * z).split([n, n, n * n])])
-        d_z = d_logits.mul_(gates)
-        # the gradient of 1/rms lies along x itself
-        along_x = (d_z * z).sum(0).mul_(inv_rms[block].square()).mul_(-1 / (n * num_channels))
-        d_projected = d_z.mul_(inv_rms[block])
-        d_phi.addmm_(d_projected, x_block.view(-1, n * num_channels))
-
-        torch.mm(d_projected.T, phi, out=total.view(-1, n * num_channels))
-        total.addcmul_(along_x[:, None, None], x_block)
-        if d_branch_in is not None:
-            total.addcmul_(_per_stream(h_pre), d_branch_block[:, None])
-        if d_x_next is not None:
-            _add_mixed(total, h_res, d_next_block)
+            _add_mixed(total, h_res[..., block], d_x_next[block].to(phi.dtype))
         _store(total, d_x[block])
     return d_x, d_phi, d_bias, d_alpha
 
 
+def _project(x: Tensor, phi: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
+    """phi @ x_vec, not yet normalised, [m, T], and 1 / rms(x_vec), [T]."""
+    num_tokens, n, num_channels = x.shape
+    width = n * num_channels
+    projected, norms = phi.new_empty(num_tokens, len(phi)), phi.new_empty(num_tokens)
+    for block, x_block in _split_tokens(x, phi.dtype):
+        x_vec = x_block.view(-1, width)
+        torch.mm(x_vec, phi.T, out=projected[block])
+        torch.linalg.vector_norm(x_vec, dim=-1, out=norms[block])
+    return projected.T.contiguous(), norms.square_().mul_(1 / width).add_(norm_eps).rsqrt_()
+
+
 def _compute_maps(
-    x: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor, num_iters: int, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h_pre, h_post, h_res, projected (phi @ x_vec, not yet normalised) and inv_rms of one block."""
-    n, num_channels = x.shape[1:]
-    x_vec = x.view(-1, n * num_channels)
-    projected = torch.mm(x_vec, phi.T).T.contiguous()
-    mean_square = torch.linalg.vector_norm(x_vec, dim=-1).square_().mul_(1 / (n * num_channels))
-    inv_rms = mean_square.add_(norm_eps).rsqrt_()
+    projected: Tensor, inv_rms: Tensor, bias: Tensor, alpha: Tensor, n: int, num_iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h_pre, h_post, h_res from the projections."""
     logits = torch.addcmul(bias[:, None], _repeat_gates(alpha, n)[:, None], projected * inv_rms)
     h_pre = torch.sigmoid(logits[:n])
     h_post = torch.sigmoid(logits[n : 2 * n]).mul_(2)
-    h_res = project_doubly_stochastic(logits[2 * n :].view(n, n, -1), num_iters)
-    return h_pre, h_post, h_res, projected, inv_rms
+    return h_pre, h_post, project_doubly_stochastic(logits[2 * n :].view(n, n, -1), num_iters)
 
 
 def _collapse(x: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -189,14 +186,14 @@ def _add_mixed(total: Tensor, h_res: Tensor, d_x_next: Tensor) -> None:
         total.addcmul_(_per_stream(h_res[i]), d_x_next[:, i, None])
 
 
-def _dot_channels(x: Tensor, y: Tensor, scratch: Tensor | None = None) -> Tensor:
+def _dot_channels(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y> over channels. [T, n, C], [T, C] -> [n, T]"""
-    return torch.mul(x, y[:, None], out=scratch).sum(-1).T
+    return torch.bmm(y[:, None], x.mT)[:, 0].T
 
 
 def _dot_all_streams(d_x_next: Tensor, x: Tensor) -> Tensor:
     """<d_x_next_i, x_j> over channels. [n, n, T]"""
-    # the one place for a batched product: it reads each stream once, n passes of multiply and sum read it n times
+    # dots are batched products: they read each stream once and write nothing large, multiply and sum does neither
     return torch.bmm(d_x_next, x.mT).permute(1, 2, 0)
 
 
@@ -211,10 +208,6 @@ def _repeat_gates(alpha: Tensor, n: int) -> Tensor:
     return torch.cat([gate_pre.expand(n), gate_post.expand(n), gate_res.expand(n * n)])
 
 
-def _sum_optional(grad: Tensor, other: Tensor | None) -> Tensor:
-    return grad if other is None else grad + other
-
-
 def _split_tokens(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of tokens and x there, in `dtype`; always at least one block, be it empty."""
     num_tokens, n, num_channels = x.shape
@@ -222,13 +215,6 @@ def _split_tokens(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor
     for start in range(0, max(1, num_tokens), step):
         block = slice(start, min(start + step, num_tokens))
         yield block, x[block].to(dtype)
-
-
-def _join_tokens(parts: list) -> tuple[Tensor, ...]:
-    """Tensors of all blocks, joined along tokens."""
-    if len(parts) == 1:
-        return tuple(parts[0])
-    return tuple(torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
 
 
 def _get_buffer(out: Tensor, dtype: torch.dtype) -> Tensor:
