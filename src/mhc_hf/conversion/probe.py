@@ -42,8 +42,8 @@ def make_probe(text: str | None, tokenizer: PreTrainedTokenizerBase | None, conf
         raise ConversionError(f"`text` has {len(ids)} tokens, and at least 2 are needed. Give a longer one.")
     if ids.max() >= config.vocab_size:
         raise ConversionError(
-            f"the base's tokenizer gives token {int(ids.max())}, and its model has {config.vocab_size} of them. They do "
-            "not belong together; mend the base."
+            f"the base's tokenizer gives token {int(ids.max())}, and its model has {config.vocab_size} of them. They "
+            "do not belong together; mend the base."
         )
     positions = getattr(config, "max_position_embeddings", None) or 2 * _LENGTH
     length = min(_LENGTH, positions, len(ids))
