@@ -1,4 +1,4 @@
-"""The house: imports go up the list of docs/architecture, never back, and heavy packages load when they are used."""
+"""The house: imports go up the list below, never back, and heavy packages load when they are used."""
 
 import ast
 import subprocess

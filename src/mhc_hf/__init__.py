@@ -3,6 +3,7 @@
 Importing it registers the widened models with the Auto classes.
 """
 
+from .conversion import convert_checkpoint, verify_conversion
 from .modeling import (
     HyperConnection,
     MHCConfig,
@@ -23,4 +24,6 @@ __all__ = [
     "MHCForSequenceClassification",
     "MHCForTokenClassification",
     "MHCModel",
+    "convert_checkpoint",
+    "verify_conversion",
 ]

@@ -1,0 +1,35 @@
+# Everything sets itself up in .venv. TORCH may name another build, say one for your CUDA version.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test lint bench demo-clean clean
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install --editable ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)  ## the main job end to end: train a small LLaMA, widen it, verify, fine-tune, draw
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_ops.py
+
+demo-clean:
+	rm -rf demo
+
+clean: demo-clean
+	rm -rf $(VENV)
