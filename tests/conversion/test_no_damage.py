@@ -1,7 +1,8 @@
 """Nothing that is saved into a converted folder reaches the base, and what is saved there loads.
 
-The base's files are links in the converted folder where the filesystem has no clones: every test here would fail if any
-writer opened one of them.
+The base's files are links in the converted folder where the filesystem has no clones. safetensors up to 0.7 writes
+through a link, later ones replace the file; so the tests look at both sides: the base's bytes are what they were, and
+no writer has so much as touched the names under which they are shared.
 """
 
 import hashlib
@@ -50,6 +51,13 @@ def converted(kept_base, tmp_path):
     return tmp_path / "out"
 
 
+def shared(folder):
+    """The files that came from the base: which they are on the disk, and when they were last written."""
+    found = {path.name: path.stat() for path in folder.glob("base-*")}
+    assert found
+    return {name: (status.st_ino, status.st_mtime_ns, status.st_size) for name, status in found.items()}
+
+
 def changed_model(folder):
     """The model of a folder, every weight of it changed."""
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -68,27 +76,27 @@ def assert_loads_as(folder, model, token_ids):
 @pytest.mark.parametrize("size", ["50GB", "100kB"])
 def test_saving_into_the_converted_folder_leaves_the_base_alone(kept_base, converted, token_ids, size):
     _, kept = kept_base
-    before = bits(kept)
+    before = bits(kept), shared(converted)
     model = changed_model(converted)
     model.save_pretrained(converted, max_shard_size=size)
-    assert bits(kept) == before
+    assert (bits(kept), shared(converted)) == before
     assert_loads_as(converted, model, token_ids)
 
 
 def test_saving_while_the_loaded_model_still_maps_the_base(kept_base, converted, token_ids):
     """The first model's weights may be read from the base's file lazily: it too must stay what it was."""
     _, kept = kept_base
-    before = bits(kept)
+    before = bits(kept), shared(converted)
     first = AutoModelForCausalLM.from_pretrained(converted)
     expected = logits_of(first, token_ids)
     changed_model(converted).save_pretrained(converted)
-    assert bits(kept) == before and torch.equal(logits_of(first, token_ids), expected)
+    assert (bits(kept), shared(converted)) == before and torch.equal(logits_of(first, token_ids), expected)
 
 
 @pytest.mark.slow
 def test_a_trainer_that_saves_into_the_converted_folder_leaves_the_base_alone(kept_base, converted, token_ids):
     _, kept = kept_base
-    before = bits(kept)
+    before = bits(kept), shared(converted)
     model = AutoModelForCausalLM.from_pretrained(converted)
     rows = [{"input_ids": row, "labels": row} for row in token_ids]
     arguments = TrainingArguments(
@@ -105,7 +113,7 @@ def test_a_trainer_that_saves_into_the_converted_folder_leaves_the_base_alone(ke
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
     trainer.train()
     trainer.save_model(str(converted))
-    assert bits(kept) == before
+    assert (bits(kept), shared(converted)) == before
     assert_loads_as(converted, trainer.model, token_ids)
     assert_loads_as(converted / "checkpoint-2", trainer.model, token_ids)
 
@@ -113,10 +121,10 @@ def test_a_trainer_that_saves_into_the_converted_folder_leaves_the_base_alone(ke
 @pytest.mark.slow
 def test_an_adapter_saved_into_the_converted_folder_leaves_the_base_alone(kept_base, converted):
     _, kept = kept_base
-    before = bits(kept)
+    before = bits(kept), shared(converted)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(converted), LoraConfig(target_modules="all-linear"))
     model.save_pretrained(converted)
-    assert bits(kept) == before and (converted / "adapter_model.safetensors").is_file()
+    assert (bits(kept), shared(converted)) == before and (converted / "adapter_model.safetensors").is_file()
 
 
 def test_converting_again_with_overwrite_leaves_the_base_alone(kept_base, converted):
