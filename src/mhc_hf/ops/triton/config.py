@@ -1,0 +1,77 @@
+"""Launch configurations by kernel, n, C, dtype and device: one small table, no autotuning, nothing that depends on T.
+
+A configuration is tile sizes (BT tokens, BC or BK channels) and Triton's num_warps and num_stages. A first call
+compiles in seconds; another batch or sequence length compiles nothing, for T never becomes a constant.
+"""
+
+import torch
+from triton import knobs, next_power_of_2
+
+# kernel -> for n <= 4, for n > 4: (BT, BC, num_warps, num_stages). memory-bound kernels: 8 channels a thread and stream
+# make a 16-byte load in bf16; where n*n sums a channel live in registers, 4 and 2. matrix units want BT >= 32
+_TILES = {
+    "project": ((64, 64, 4, 3), (64, 32, 4, 2)),
+    "maps_fwd": ((16, 256, 4, 1), (16, 256, 4, 1)),
+    "maps_bwd": ((32, 1, 1, 1), (32, 1, 1, 1)),
+    "sinkhorn": ((32, 1, 1, 1), (32, 1, 1, 1)),
+    "collapse": ((4, 256, 4, 1), (4, 256, 4, 1)),
+    "write": ((4, 256, 4, 1), (4, 128, 4, 1)),
+    "write_project": ((64, 32, 8, 1), (32, 16, 8, 1)),
+    "dots_bwd": ((4, 128, 4, 1), (4, 64, 4, 1)),
+    "streams_bwd": ((32, 64, 8, 1), (32, 16, 8, 1)),
+}
+# kernels whose channel tile is an operand of a matrix product: 16 is the least that Triton takes
+_MATRIX_KERNELS = ("project", "write_project", "streams_bwd")
+# programs that keep a large device busy; one number, so that sums are split alike on all devices
+_PROGRAMS = 256
+_MAX_SPLITS = 32
+
+
+def choose_tiles(kernel: str, n: int, num_channels: int) -> dict[str, int]:
+    """Tile sizes, num_warps and num_stages of a kernel for n streams of C channels."""
+    tokens, channels, num_warps, num_stages = _TILES[kernel][0 if n <= 4 else 1]
+    if channels == 1:
+        return {"BT": tokens, "num_warps": num_warps, "num_stages": num_stages}
+    least = 16 if kernel in _MATRIX_KERNELS else 32
+    channels = min(channels, max(least, next_power_of_2(num_channels)))
+    name = "BK" if kernel == "project" else "BC"
+    return {"BT": tokens, name: channels, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def choose_precision(dtype: torch.dtype, target: str) -> dict[str, str]:
+    """How products of streams and float32 are made.
+
+    bfloat16 streams: float32 in three bfloat16 pieces (2e-7). Others: tf32 three times on NVIDIA, float32 elsewhere.
+    What is rounded to bfloat16 at once (OUT_PRECISION) needs one tf32 product (2e-4 against 4e-3).
+    """
+    wide = "tf32x3" if target == "cuda" else "ieee"
+    if dtype == torch.bfloat16:
+        return {"PRECISION": "split", "OUT_PRECISION": "tf32" if target == "cuda" else "ieee"}
+    return {"PRECISION": wide, "OUT_PRECISION": wide}
+
+
+def get_target() -> str:
+    """ "cuda", "hip" or "xpu"; "interpreter" where kernels are interpreted."""
+    if knobs.runtime.interpret:
+        return "interpreter"
+    if torch.version.hip:
+        return "hip"
+    return "cuda" if torch.cuda.is_available() else "xpu"
+
+
+def pad_rows(n: int) -> int:
+    """MP: rows of phi padded to what a matrix product takes."""
+    return max(16, next_power_of_2((n + 2) * n))
+
+
+def split_work(length: int, tile: int, num_programs: int, most: int) -> tuple[int, int]:
+    """How a loop over `length` in steps of `tile` is shared by programs: (parts, length of a part, whole tiles)."""
+    num_tiles = max(1, -(-length // tile))
+    parts = max(1, min(most, num_tiles, -(-_PROGRAMS // max(1, num_programs))))
+    tiles_per_part = -(-num_tiles // parts)
+    return -(-num_tiles // tiles_per_part), tiles_per_part * tile
+
+
+def split_channels(length: int, tile: int, num_programs: int) -> tuple[int, int]:
+    """`split_work` for the projections, whose parts are summed one after the other by every program that follows."""
+    return split_work(length, tile, num_programs, _MAX_SPLITS)

@@ -1,0 +1,46 @@
+"""The projection of a site: phi @ x_vec and the sum of squares of x_vec, from one pass over the streams.
+
+Shapes: T tokens, K = N*C numbers a token, M = (N+2)*N rows of phi, MP the power of two above M, SPLITS parts of K that
+are summed later in fixed order. x [T, K] any dtype, phi [M, K] float32, partial [SPLITS, M + 1, T] float32 whose last
+row is the sum of squares. n does not appear: to a projection, streams are one vector.
+"""
+
+# kernels are Triton, whose tuples grow and whose pointers are not Python's: not for a type checker
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from .language import dot_streams, locate_tokens
+
+
+@triton.jit(do_not_specialize=["T", "K_SPLIT"])
+def project_fwd_kernel(
+    x_ptr,
+    phi_ptr,
+    partial_ptr,
+    T,
+    K,
+    K_SPLIT,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (T / BT, SPLITS); split s covers K_SPLIT numbers, a multiple of BK."""
+    t, exists, T = locate_tokens(T, BT)
+    split = tl.program_id(1)
+    m = tl.arange(0, MP)
+    projected = tl.zeros((BT, MP), tl.float32)
+    squares = tl.zeros((BT,), tl.float32)
+    for start in range(split * K_SPLIT, min(K, (split + 1) * K_SPLIT), BK):
+        k = start + tl.arange(0, BK)
+        x = tl.load(x_ptr + t[:, None] * K + k[None, :], mask=exists[:, None] & (k < K)[None, :], other=0.0)
+        phi = tl.load(phi_ptr + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+        projected = dot_streams(x, phi, projected, PRECISION)
+        wide = x.to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+    row = split.to(tl.int64) * (M + 1)
+    tl.store(partial_ptr + (row + m)[None, :] * T + t[:, None], projected, mask=exists[:, None] & (m < M)[None, :])
+    tl.store(partial_ptr + (row + M) * T + t, squares, mask=exists)

@@ -1,0 +1,140 @@
+"""The backward of everything that was computed from x: first the dots over channels, then d_x and d_phi.
+
+Shapes: T tokens, N streams, C channels, M = (N+2)*N, MP the power of two above M. x, G (gradient of the streams after
+the site), d_x [T, N, C], du (gradient of the branch's input) [T, C]; token-last float32: pre_dots [N, T],
+res_dots [N, N, T] (into, from), d_projected [M, T], along_x [T], h_pre [N, T], h_res [N, N, T].
+"""
+
+# kernels are Triton, whose tuples grow and whose pointers are not Python's: not for a type checker
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from .language import dot_weights, locate_tokens, narrow, store_rows
+
+
+@triton.jit(do_not_specialize=["T"])
+def dots_bwd_kernel(
+    x_ptr,
+    g_ptr,
+    du_ptr,
+    pre_dots_ptr,
+    res_dots_ptr,
+    T,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    BRANCH: tl.constexpr,
+    MIX: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """pre_dots_i = <x_i, du> (with BRANCH), res_dots_ij = <G_i, x_j> (with MIX). Grid: (T / BT,)."""
+    t, exists, T = locate_tokens(T, BT)
+    NUM_DOTS: tl.constexpr = (N if BRANCH else 0) + (N * N if MIX else 0)
+    sums = ()
+    for _ in tl.static_range(NUM_DOTS):
+        sums += (tl.zeros((BT, BC), tl.float32),)
+    for start in range(0, C, BC):
+        c = start + tl.arange(0, BC)
+        inside = exists[:, None] & (c < C)[None, :]
+        x = ()
+        for j in tl.static_range(N):
+            tile = tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0)
+            x += (tile.to(tl.float32),)
+        next_sums = ()
+        if BRANCH:
+            du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            for j in tl.static_range(N):
+                next_sums += (sums[j] + x[j] * du,)
+        if MIX:
+            for i in tl.static_range(N):
+                g = tl.load(g_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+                for j in tl.static_range(N):
+                    next_sums += (sums[(N if BRANCH else 0) + i * N + j] + x[j] * g,)
+        sums = next_sums
+    dots = ()
+    for k in tl.static_range(NUM_DOTS):
+        dots += (tl.sum(sums[k], 1),)
+    if BRANCH:
+        store_rows(pre_dots_ptr, 0, dots, t, exists, T, N)
+    if MIX:
+        for k in tl.static_range(N * N):
+            tl.store(res_dots_ptr + k * T + t, dots[(N if BRANCH else 0) + k], mask=exists)
+
+
+@triton.jit(do_not_specialize=["T", "T_GROUP"])
+def streams_bwd_kernel(
+    x_ptr,
+    g_ptr,
+    du_ptr,
+    phi_ptr,
+    d_projected_ptr,
+    along_x_ptr,
+    h_pre_ptr,
+    h_res_ptr,
+    d_x_ptr,
+    d_phi_ptr,
+    T,
+    T_GROUP,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    MP: tl.constexpr,
+    BRANCH: tl.constexpr,
+    MIX: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OUT_PRECISION: tl.constexpr,
+):
+    """d_x_j = sum_i H_ij G_i (with MIX) + h_pre_j du (with BRANCH) + along_x x_j + d_projected . phi_j, and the partial
+    sum over T_GROUP tokens of d_phi = d_projected x, [groups, M, N*C]. G is mixed here and only here, so no partial d_x
+    exists. Grid: (C / BC, groups); T_GROUP a multiple of BT.
+    """
+    M: tl.constexpr = (N + 2) * N
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    group = tl.program_id(1)
+    m = tl.arange(0, MP)
+    last = min(T, (group + 1) * T_GROUP)
+    rows = tl.cast(T, tl.int64)
+    d_phi = ()
+    for _ in tl.static_range(N):
+        d_phi += (tl.zeros((MP, BC), tl.float32),)
+    for start in range(group * T_GROUP, last, BT):
+        t = start + tl.arange(0, BT).to(tl.int64)
+        exists = t < last
+        inside = exists[:, None] & (c < C)[None, :]
+        d_projected = tl.load(
+            d_projected_ptr + m[:, None] * rows + t[None, :], mask=(m < M)[:, None] & exists[None, :], other=0.0
+        )
+        along_x = tl.load(along_x_ptr + t, mask=exists, other=0.0)
+        g = ()
+        if MIX:
+            for i in tl.static_range(N):
+                g += (tl.load(g_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0),)
+        if BRANCH:
+            du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        next_d_phi = ()
+        for j in tl.static_range(N):
+            x = tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0)
+            next_d_phi += (dot_weights(d_projected, x, d_phi[j], PRECISION),)
+            phi = tl.load(
+                phi_ptr + m[:, None] * (N * C) + (j * C + c)[None, :],
+                mask=(m < M)[:, None] & (c < C)[None, :],
+                other=0.0,
+            )
+            total = along_x[:, None] * x.to(tl.float32)
+            total = tl.dot(tl.trans(d_projected), phi, total, input_precision=OUT_PRECISION)
+            if BRANCH:
+                h_pre = tl.load(h_pre_ptr + j * rows + t, mask=exists, other=0.0)
+                total += h_pre[:, None] * du
+            if MIX:
+                for i in tl.static_range(N):
+                    h = tl.load(h_res_ptr + (i * N + j) * rows + t, mask=exists, other=0.0)
+                    total += h[:, None] * g[i].to(tl.float32)
+            d_x = narrow(total, d_x_ptr.dtype.element_ty)
+            tl.store(d_x_ptr + (t * N + j)[:, None] * C + c[None, :], d_x, mask=inside)
+        d_phi = next_d_phi
+    for j in tl.static_range(N):
+        row = (group.to(tl.int64) * M + m)[:, None] * (N * C)
+        tl.store(d_phi_ptr + row + (j * C + c)[None, :], d_phi[j], mask=(m < M)[:, None] & (c < C)[None, :])

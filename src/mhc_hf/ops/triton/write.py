@@ -1,0 +1,106 @@
+"""Streams mixed and written: x' = H_res x + H_post y, alone and with the next site's projection in the same pass.
+
+Shapes: T tokens, N streams, C channels, M = (N+2)*N, MP the power of two above M. x, out [T, N, C], y [T, C],
+h_post [N, T], h_res [N, N, T], phi [M, N*C], partial [SPLITS, M + 1, T] as in `project`.
+"""
+
+# kernels are Triton, whose tuples grow and whose pointers are not Python's: not for a type checker
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from .language import dot_streams, load_rows, locate_tokens, narrow
+
+
+@triton.jit(do_not_specialize=["T"])
+def write_kernel(
+    x_ptr,
+    y_ptr,
+    h_post_ptr,
+    h_res_ptr,
+    out_ptr,
+    T,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    MIX: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BRANCH: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """out = H_res x (with MIX; H_res^T x where TRANSPOSED) + H_post y (with BRANCH). Grid: (T / BT, C / BC)."""
+    t, exists, T = locate_tokens(T, BT)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = exists[:, None] & (c < C)[None, :]
+    x = ()
+    if MIX:
+        h_res = load_rows(h_res_ptr, 0, t, exists, T, N * N)
+        for j in tl.static_range(N):
+            tile = tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0)
+            x += (tile.to(tl.float32),)
+    if BRANCH:
+        h_post = load_rows(h_post_ptr, 0, t, exists, T, N)
+        y = tl.load(y_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    for i in tl.static_range(N):
+        total = tl.zeros((BT, BC), tl.float32)
+        if BRANCH:
+            total += h_post[i][:, None] * y
+        if MIX:
+            for j in tl.static_range(N):
+                total += h_res[j * N + i if TRANSPOSED else i * N + j][:, None] * x[j]
+        out = narrow(total, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (t * N + i)[:, None] * C + c[None, :], out, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "C_SPLIT"])
+def write_project_kernel(
+    x_ptr,
+    y_ptr,
+    h_post_ptr,
+    h_res_ptr,
+    out_ptr,
+    phi_ptr,
+    partial_ptr,
+    T,
+    C_SPLIT,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    MP: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`write_kernel`, and `project_fwd_kernel` of what it wrote. Grid: (T / BT, SPLITS); C_SPLIT a multiple of BC."""
+    M: tl.constexpr = (N + 2) * N
+    t, exists, T = locate_tokens(T, BT)
+    split = tl.program_id(1)
+    m = tl.arange(0, MP)
+    h_post = load_rows(h_post_ptr, 0, t, exists, T, N)
+    h_res = load_rows(h_res_ptr, 0, t, exists, T, N * N)
+    projected = tl.zeros((BT, MP), tl.float32)
+    squares = tl.zeros((BT,), tl.float32)
+    for start in range(split * C_SPLIT, min(C, (split + 1) * C_SPLIT), BC):
+        c = start + tl.arange(0, BC)
+        inside = exists[:, None] & (c < C)[None, :]
+        y = tl.load(y_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0)
+        x = ()
+        for j in tl.static_range(N):
+            x += (tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0),)
+        for i in tl.static_range(N):
+            total = h_post[i][:, None] * y.to(tl.float32)
+            for j in tl.static_range(N):
+                total += h_res[i * N + j][:, None] * x[j].to(tl.float32)
+            # what the next site reads is what memory holds, rounded
+            out = narrow(total, out_ptr.dtype.element_ty)
+            tl.store(out_ptr + (t * N + i)[:, None] * C + c[None, :], out, mask=inside)
+            k = i * C + c
+            phi = tl.load(
+                phi_ptr + m[None, :] * (N * C) + k[:, None], mask=(m < M)[None, :] & (c < C)[:, None], other=0.0
+            )
+            projected = dot_streams(out, phi, projected, PRECISION)
+            wide = out.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+    row = split.to(tl.int64) * (M + 1)
+    tl.store(partial_ptr + (row + m)[None, :] * T + t[:, None], projected, mask=exists[:, None] & (m < M)[None, :])
+    tl.store(partial_ptr + (row + M) * T + t, squares, mask=exists)
