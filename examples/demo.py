@@ -156,8 +156,8 @@ def generate(model, tokenizer) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="folder for everything that is made")
-    parser.add_argument("--pretrain-steps", type=int, default=400)
-    parser.add_argument("--finetune-steps", type=int, default=150)
+    parser.add_argument("--pretrain-steps", type=int, default=300)
+    parser.add_argument("--finetune-steps", type=int, default=100)
     args = parser.parse_args()
     begin = time.monotonic()
     logging.set_verbosity_error()
@@ -238,6 +238,7 @@ def main() -> None:
     shown = list(results["maps"])[1:-1:2]
     figure = plot_finetuning(
         results["losses"],
+        {"base": "base, LoRA", "widened": "widened, LoRA and hyper-connections"},
         results["spread"],
         {site: tuple(map(np.array, results["maps"][site])) for site in shown},
         "A pretrained LLaMA widened into four residual streams, then fine-tuned",

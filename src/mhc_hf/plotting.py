@@ -17,6 +17,7 @@ MAP_COLORS = "viridis"
 
 def plot_finetuning(
     losses: Mapping[str, Sequence[tuple[int, float]]],
+    labels: Mapping[str, str],
     spread: Sequence[tuple[int, float]],
     maps: Mapping[str, tuple[np.ndarray, np.ndarray]],
     title: str,
@@ -25,6 +26,7 @@ def plot_finetuning(
 
     Args:
         losses: validation loss in nats a token by step, for "base" and "widened".
+        labels: what the legend calls them.
         spread: relative spread of the streams by step, |x - mean over streams| / |x|.
         maps: by site, H_res [n, n] averaged over tokens before and after.
         title: headline of the figure.
@@ -36,11 +38,12 @@ def plot_finetuning(
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.1, 1])
     left, right = top.subplots(1, 2)
     for name, curve in losses.items():
-        left.plot(*zip(*curve, strict=True), color=COLORS[name], marker="o", markersize=3, label=name)
+        left.plot(*zip(*curve, strict=True), color=COLORS[name], marker="o", markersize=3, label=labels[name])
     left.set(title="Validation loss, same tokens", xlabel="step", ylabel="nats a token")
     left.legend(frameon=False)
     right.plot(*zip(*spread, strict=True), color=COLORS["widened"], marker="o", markersize=3)
-    right.set(title="Spread of the streams", xlabel="step", ylabel="|x - mean| / |x|", ylim=(0, None))
+    right.set(title="Spread of the streams", xlabel="step", ylabel="|x - mean| / |x|")
+    right.set_ylim(0, 1.15 * max(value for _, value in spread))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -108,8 +108,9 @@ class MHCForCausalLM(MHCPreTrainedModel):
         base: Any = self.base_model
         if not isinstance(base, MHCModel):
             base.__class__ = AutoModel._model_mapping[type(self.config)]
-            # outputs are captured by class, and the class was another when the model was built
-            _CAN_RECORD_REGISTRY[base] = base._can_record_outputs
+            # outputs are captured by class, and the class was another when the model was built. The registry's keys are
+            # the classes' names; only since 5.23 does it take the model and find the name itself
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(base)), base._can_record_outputs)
             base.post_init()
         super().post_init()
 
