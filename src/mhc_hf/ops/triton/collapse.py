@@ -22,7 +22,7 @@ def collapse_kernel(
     out_ptr,
     dots_ptr,
     T,
-    C: tl.constexpr,
+    C,
     N: tl.constexpr,
     DOTS: tl.constexpr,
     BT: tl.constexpr,

@@ -18,7 +18,7 @@ _TILES = {
     "write": ((4, 256, 4, 1), (4, 128, 4, 1)),
     "write_project": ((64, 32, 8, 1), (32, 16, 8, 1)),
     "dots_bwd": ((4, 128, 4, 1), (4, 64, 4, 1)),
-    "streams_bwd": ((32, 64, 8, 1), (32, 16, 8, 1)),
+    "streams_bwd": ((16, 64, 8, 1), (16, 16, 8, 1)),
 }
 # kernels whose channel tile is an operand of a matrix product: 16 is the least that Triton takes
 _MATRIX_KERNELS = ("project", "write_project", "streams_bwd")
@@ -65,11 +65,11 @@ def pad_rows(n: int) -> int:
 
 
 def split_work(length: int, tile: int, num_programs: int, most: int) -> tuple[int, int]:
-    """How a loop over `length` in steps of `tile` is shared by programs: (parts, length of a part, whole tiles)."""
+    """How a loop over `length` in steps of `tile` is shared by programs: (parts, tiles of a part)."""
     num_tiles = max(1, -(-length // tile))
     parts = max(1, min(most, num_tiles, -(-_PROGRAMS // max(1, num_programs))))
     tiles_per_part = -(-num_tiles // parts)
-    return -(-num_tiles // tiles_per_part), tiles_per_part * tile
+    return -(-num_tiles // tiles_per_part), tiles_per_part
 
 
 def split_channels(length: int, tile: int, num_programs: int) -> tuple[int, int]:

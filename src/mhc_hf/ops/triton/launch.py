@@ -73,7 +73,7 @@ def write_read(
     x_next = torch.empty_like(x)
     tiles = config.choose_tiles("write_project", n, num_channels)
     num_blocks = cdiv(num_tokens, tiles["BT"])
-    splits, channels_split = config.split_channels(num_channels, tiles["BC"], num_blocks)
+    splits, tiles_split = config.split_channels(num_channels, tiles["BC"], num_blocks)
     partial = phi.new_empty(splits, len(phi) + 1, num_tokens)
     arguments = {
         "x_ptr": x,
@@ -84,10 +84,11 @@ def write_read(
         "phi_ptr": phi,
         "partial_ptr": partial,
         "T": num_tokens,
-        "C_SPLIT": channels_split,
+        "C": num_channels,
+        "tiles_split": tiles_split,
     }
     precision = config.choose_precision(x.dtype, config.get_target())["PRECISION"]
-    constants = {"C": num_channels, "N": n, "MP": config.pad_rows(n), "PRECISION": precision}
+    constants = {"N": n, "MP": config.pad_rows(n), "PRECISION": precision}
     run_kernel(write.write_project_kernel, (num_blocks, splits), arguments, constants | tiles)
     return x_next, *_compute_maps(partial, x_next, bias, alpha, num_iters, norm_eps, collapses=True)
 
@@ -149,7 +150,7 @@ def backpropagate_read(
     num_blocks = cdiv(num_tokens, tiles["BT"])
     d_projected, along_x = torch.empty_like(projected), torch.empty_like(inv_rms)
     h_pre, h_res = phi.new_empty(n, num_tokens), phi.new_empty(n, n, num_tokens)
-    d_gate, d_bias = phi.new_empty(num_blocks, len(phi)), phi.new_empty(num_blocks, len(phi))
+    d_logits = torch.empty_like(projected)
     arguments = {
         "projected_ptr": projected,
         "inv_rms_ptr": inv_rms,
@@ -165,12 +166,11 @@ def backpropagate_read(
         "along_x_ptr": along_x,
         "h_pre_ptr": h_pre,
         "h_res_ptr": h_res,
-        "d_gate_ptr": d_gate,
-        "d_bias_ptr": d_bias,
+        "d_logits_ptr": d_logits,
         "T": num_tokens,
+        "C": num_channels,
     }
     constants = {
-        "C": num_channels,
         **_count_iters(n, num_iters),
         "HAS_PRE_DOTS": pre_dots is not None,
         "HAS_H_PRE": d_h_pre is not None,
@@ -179,10 +179,11 @@ def backpropagate_read(
         "HAS_H_RES": d_h_res is not None,
     }
     run_kernel(maps.maps_bwd_kernel, (num_blocks,), arguments, constants | tiles)
-    d_alpha = torch.stack([part.sum() for part in d_gate.sum(0).split([n, n, n * n])])
+    d_gates = (d_logits * projected).mv(inv_rms)
+    d_alpha = torch.stack([part.sum() for part in d_gates.split([n, n, n * n])])
 
     d_x, d_phi = _backpropagate_streams(x, phi, d_branch_in, d_x_next, d_projected, along_x, h_pre, h_res)
-    return d_x, d_phi, d_bias.sum(0), d_alpha
+    return d_x, d_phi, d_logits.sum(1), d_alpha
 
 
 def _project(x: Tensor, phi: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def _project(x: Tensor, phi: Tensor) -> Tensor:
     width = n * num_channels
     tiles = config.choose_tiles("project", n, width)
     num_blocks = cdiv(num_tokens, tiles["BT"])
-    splits, width_split = config.split_channels(width, tiles["BK"], num_blocks)
+    splits, tiles_split = config.split_channels(width, tiles["BK"], num_blocks)
     partial = phi.new_empty(splits, len(phi) + 1, num_tokens)
     arguments = {
         "x_ptr": x,
@@ -199,7 +200,7 @@ def _project(x: Tensor, phi: Tensor) -> Tensor:
         "partial_ptr": partial,
         "T": num_tokens,
         "K": width,
-        "K_SPLIT": width_split,
+        "tiles_split": tiles_split,
     }
     precision = config.choose_precision(x.dtype, config.get_target())["PRECISION"]
     constants = {"M": len(phi), "MP": config.pad_rows(n), "PRECISION": precision}
@@ -227,11 +228,12 @@ def _compute_maps(
         "h_res_ptr": h_res,
         "branch_in_ptr": first if collapses else None,
         "T": num_tokens,
+        "C": num_channels,
         "num_splits": len(partial),
         "norm_eps": norm_eps,
     }
     tiles = config.choose_tiles("maps_fwd", n, num_channels)
-    constants = {"C": num_channels, **_count_iters(n, num_iters), "COLLAPSE": collapses}
+    constants = {**_count_iters(n, num_iters), "COLLAPSE": collapses}
     run_kernel(maps.maps_fwd_kernel, (cdiv(num_tokens, tiles["BT"]),), arguments, constants | tiles)
     return first, h_post, h_res, projected, inv_rms
 
@@ -242,8 +244,16 @@ def _collapse(x: Tensor, weights: Tensor, y: Tensor | None) -> tuple[Tensor, Ten
     out = x.new_empty(num_tokens, num_channels)
     dots = None if y is None else torch.empty_like(weights)
     tiles = config.choose_tiles("collapse", n, num_channels)
-    arguments = {"x_ptr": x, "weights_ptr": weights, "y_ptr": y, "out_ptr": out, "dots_ptr": dots, "T": num_tokens}
-    constants = {"C": num_channels, "N": n, "DOTS": y is not None}
+    arguments = {
+        "x_ptr": x,
+        "weights_ptr": weights,
+        "y_ptr": y,
+        "out_ptr": out,
+        "dots_ptr": dots,
+        "T": num_tokens,
+        "C": num_channels,
+    }
+    constants = {"N": n, "DOTS": y is not None}
     run_kernel(collapse.collapse_kernel, (cdiv(num_tokens, tiles["BT"]),), arguments, constants | tiles)
     return out, dots
 
@@ -260,8 +270,16 @@ def _write(
     """H_res x (or H_res^T x) where x is given, plus H_post y where y is, into `out`."""
     num_tokens, n, num_channels = out.shape
     tiles = config.choose_tiles("write", n, num_channels)
-    arguments = {"x_ptr": x, "y_ptr": y, "h_post_ptr": h_post, "h_res_ptr": h_res, "out_ptr": out, "T": num_tokens}
-    constants = {"C": num_channels, "N": n, "MIX": x is not None, "TRANSPOSED": transposed, "BRANCH": y is not None}
+    arguments = {
+        "x_ptr": x,
+        "y_ptr": y,
+        "h_post_ptr": h_post,
+        "h_res_ptr": h_res,
+        "out_ptr": out,
+        "T": num_tokens,
+        "C": num_channels,
+    }
+    constants = {"N": n, "MIX": x is not None, "TRANSPOSED": transposed, "BRANCH": y is not None}
     grid = (cdiv(num_tokens, tiles["BT"]), cdiv(num_channels, tiles["BC"]))
     run_kernel(write.write_kernel, grid, arguments, constants | tiles)
     return out
@@ -282,8 +300,9 @@ def _dot(x: Tensor, d_branch_in: Tensor | None, d_x_next: Tensor | None) -> tupl
         "pre_dots_ptr": pre_dots,
         "res_dots_ptr": res_dots,
         "T": num_tokens,
+        "C": num_channels,
     }
-    constants = {"C": num_channels, "N": n, "BRANCH": pre_dots is not None, "MIX": res_dots is not None}
+    constants = {"N": n, "BRANCH": pre_dots is not None, "MIX": res_dots is not None}
     run_kernel(read_backward.dots_bwd_kernel, (cdiv(num_tokens, tiles["BT"]),), arguments, constants | tiles)
     return pre_dots, res_dots
 
@@ -302,7 +321,7 @@ def _backpropagate_streams(
     num_tokens, n, num_channels = x.shape
     tiles = config.choose_tiles("streams_bwd", n, num_channels)
     num_blocks = cdiv(num_channels, tiles["BC"])
-    groups, tokens_group = config.split_work(num_tokens, tiles["BT"], num_blocks, num_tokens)
+    groups, tiles_group = config.split_work(num_tokens, tiles["BT"], num_blocks, num_tokens)
     d_x, d_phi = torch.empty_like(x), phi.new_empty(groups if num_tokens else 0, *phi.shape)
     arguments = {
         "x_ptr": x,
@@ -316,9 +335,10 @@ def _backpropagate_streams(
         "d_x_ptr": d_x,
         "d_phi_ptr": d_phi,
         "T": num_tokens,
-        "T_GROUP": tokens_group,
+        "C": num_channels,
+        "tiles_group": tiles_group,
     }
-    constants: dict[str, Any] = {"C": num_channels, "N": n, "MP": config.pad_rows(n)}
+    constants: dict[str, Any] = {"N": n, "MP": config.pad_rows(n)}
     constants |= {"BRANCH": d_branch_in is not None, "MIX": d_x_next is not None}
     constants |= config.choose_precision(x.dtype, config.get_target())
     run_kernel(read_backward.streams_bwd_kernel, (num_blocks, len(d_phi)), arguments, constants | tiles)

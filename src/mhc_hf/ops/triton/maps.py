@@ -36,9 +36,9 @@ def maps_fwd_kernel(
     h_res_ptr,
     branch_in_ptr,
     T,
+    C,
     num_splits,
     norm_eps,
-    C: tl.constexpr,
     N: tl.constexpr,
     ITERS: tl.constexpr,
     LOG_ITERS: tl.constexpr,
@@ -99,10 +99,9 @@ def maps_bwd_kernel(
     along_x_ptr,
     h_pre_ptr,
     h_res_ptr,
-    d_gate_ptr,
-    d_bias_ptr,
+    d_logits_ptr,
     T,
-    C: tl.constexpr,
+    C,
     N: tl.constexpr,
     ITERS: tl.constexpr,
     LOG_ITERS: tl.constexpr,
@@ -113,10 +112,9 @@ def maps_bwd_kernel(
     HAS_H_RES: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """From gradients of the maps to those of the projections: d_projected [M, T], along_x [T] (what x itself gets
-    through its rms), the maps h_pre and h_res once more, and partial sums over BT tokens of what bias and gates get,
-    d_bias and d_gate [programs, M]. Gradients of h_pre and h_res come as given, as dots over channels, or both.
-    Grid: (T / BT,).
+    """From gradients of the maps to d_logits [M, T], d_projected [M, T], along_x [T] (what x itself gets through its
+    rms), and the maps h_pre and h_res once more. Gradients of h_pre and h_res come as given, as dots over channels, or
+    both. Grid: (T / BT,).
     """
     M: tl.constexpr = (N + 2) * N
     t, exists, T = locate_tokens(T, BT)
@@ -154,9 +152,8 @@ def maps_bwd_kernel(
                 grad = tl.load(d_h_post_ptr + (k - N) * T + t, mask=exists, other=0.0)
                 d_logit = 2 * grad * sigmoid * (1 - sigmoid)
         else:
-            d_logit = tl.where(exists, d_logits_res[k - 2 * N], 0.0)
-        tl.store(d_bias_ptr + tl.program_id(0) * M + k, tl.sum(d_logit, 0))
-        tl.store(d_gate_ptr + tl.program_id(0) * M + k, tl.sum(d_logit * z, 0))
+            d_logit = d_logits_res[k - 2 * N]
+        tl.store(d_logits_ptr + k * T + t, d_logit, mask=exists)
         along += gate * d_logit * z
         tl.store(d_projected_ptr + k * T + t, gate * d_logit * inv_rms, mask=exists)
     tl.store(along_x_ptr + t, along * inv_rms * inv_rms * (-1.0 / (N * C)), mask=exists)

@@ -14,28 +14,29 @@ import triton.language as tl
 from .language import dot_streams, locate_tokens
 
 
-@triton.jit(do_not_specialize=["T", "K_SPLIT"])
+@triton.jit(do_not_specialize=["T", "tiles_split"])
 def project_fwd_kernel(
     x_ptr,
     phi_ptr,
     partial_ptr,
     T,
     K,
-    K_SPLIT,
+    tiles_split,
     M: tl.constexpr,
     MP: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (T / BT, SPLITS); split s covers K_SPLIT numbers, a multiple of BK."""
+    """Grid: (T / BT, SPLITS); a split covers tiles_split tiles of BK numbers."""
     t, exists, T = locate_tokens(T, BT)
     split = tl.program_id(1)
     m = tl.arange(0, MP)
     projected = tl.zeros((BT, MP), tl.float32)
     squares = tl.zeros((BT,), tl.float32)
-    for start in range(split * K_SPLIT, min(K, (split + 1) * K_SPLIT), BK):
-        k = start + tl.arange(0, BK)
+    # whole tiles, or the compiler could not prove a load aligned and would make it number by number
+    for tile in range(split * tiles_split, min(tl.cdiv(K, BK), (split + 1) * tiles_split)):
+        k = tile * BK + tl.arange(0, BK)
         x = tl.load(x_ptr + t[:, None] * K + k[None, :], mask=exists[:, None] & (k < K)[None, :], other=0.0)
         phi = tl.load(phi_ptr + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
         projected = dot_streams(x, phi, projected, PRECISION)

@@ -22,7 +22,7 @@ def dots_bwd_kernel(
     pre_dots_ptr,
     res_dots_ptr,
     T,
-    C: tl.constexpr,
+    C,
     N: tl.constexpr,
     BRANCH: tl.constexpr,
     MIX: tl.constexpr,
@@ -63,7 +63,7 @@ def dots_bwd_kernel(
             tl.store(res_dots_ptr + k * T + t, dots[(N if BRANCH else 0) + k], mask=exists)
 
 
-@triton.jit(do_not_specialize=["T", "T_GROUP"])
+@triton.jit(do_not_specialize=["T", "tiles_group"])
 def streams_bwd_kernel(
     x_ptr,
     g_ptr,
@@ -76,8 +76,8 @@ def streams_bwd_kernel(
     d_x_ptr,
     d_phi_ptr,
     T,
-    T_GROUP,
-    C: tl.constexpr,
+    C,
+    tiles_group,
     N: tl.constexpr,
     MP: tl.constexpr,
     BRANCH: tl.constexpr,
@@ -88,19 +88,19 @@ def streams_bwd_kernel(
     OUT_PRECISION: tl.constexpr,
 ):
     """d_x_j = sum_i H_ij G_i (with MIX) + h_pre_j du (with BRANCH) + along_x x_j + d_projected . phi_j, and the partial
-    sum over T_GROUP tokens of d_phi = d_projected x, [groups, M, N*C]. G is mixed here and only here, so no partial d_x
-    exists. Grid: (C / BC, groups); T_GROUP a multiple of BT.
+    sum over tiles_group * BT tokens of d_phi = d_projected x, [groups, M, N*C]. G is mixed here and only here, so no
+    partial d_x exists. Grid: (C / BC, groups).
     """
     M: tl.constexpr = (N + 2) * N
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     group = tl.program_id(1)
     m = tl.arange(0, MP)
-    last = min(T, (group + 1) * T_GROUP)
+    last = min(T, (group + 1) * tiles_group * BT)
     rows = tl.cast(T, tl.int64)
     d_phi = ()
     for _ in tl.static_range(N):
         d_phi += (tl.zeros((MP, BC), tl.float32),)
-    for start in range(group * T_GROUP, last, BT):
+    for start in range(group * tiles_group * BT, last, BT):
         t = start + tl.arange(0, BT).to(tl.int64)
         exists = t < last
         inside = exists[:, None] & (c < C)[None, :]

@@ -21,7 +21,7 @@ def write_kernel(
     h_res_ptr,
     out_ptr,
     T,
-    C: tl.constexpr,
+    C,
     N: tl.constexpr,
     MIX: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -53,7 +53,7 @@ def write_kernel(
         tl.store(out_ptr + (t * N + i)[:, None] * C + c[None, :], out, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "C_SPLIT"])
+@triton.jit(do_not_specialize=["T", "tiles_split"])
 def write_project_kernel(
     x_ptr,
     y_ptr,
@@ -63,15 +63,15 @@ def write_project_kernel(
     phi_ptr,
     partial_ptr,
     T,
-    C_SPLIT,
-    C: tl.constexpr,
+    C,
+    tiles_split,
     N: tl.constexpr,
     MP: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`write_kernel`, and `project_fwd_kernel` of what it wrote. Grid: (T / BT, SPLITS); C_SPLIT a multiple of BC."""
+    """`write_kernel`, and `project_fwd_kernel` of what it wrote. Grid: (T / BT, SPLITS) of tiles_split tiles each."""
     M: tl.constexpr = (N + 2) * N
     t, exists, T = locate_tokens(T, BT)
     split = tl.program_id(1)
@@ -80,8 +80,8 @@ def write_project_kernel(
     h_res = load_rows(h_res_ptr, 0, t, exists, T, N * N)
     projected = tl.zeros((BT, MP), tl.float32)
     squares = tl.zeros((BT,), tl.float32)
-    for start in range(split * C_SPLIT, min(C, (split + 1) * C_SPLIT), BC):
-        c = start + tl.arange(0, BC)
+    for tile in range(split * tiles_split, min(tl.cdiv(C, BC), (split + 1) * tiles_split)):
+        c = tile * BC + tl.arange(0, BC)
         inside = exists[:, None] & (c < C)[None, :]
         y = tl.load(y_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0)
         x = ()
