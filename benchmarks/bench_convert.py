@@ -88,7 +88,7 @@ def _write_holes(path: Path, tensors: dict[str, list[int]]) -> int:
 def measure(base: Path, output: Path, hc_mult: int) -> tuple[float, float, str]:
     """Convert in a fresh process: seconds, MiB of peak memory beyond the imports, and what was printed."""
     command = [sys.executable, "-c", _CONVERT, str(base), str(output), str(hc_mult)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     report, _, result = printed.partition("RESULT ")
     seconds, imported, peak = map(float, result.split())
     return seconds, peak - imported, report

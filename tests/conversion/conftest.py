@@ -17,6 +17,15 @@ CHAT_TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.co
 CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\n---\n\n# A small model\n"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of operations on a few numbers each: a second thread costs several times what it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_tokenizer():
     """A byte-pair tokenizer trained on real text, with no more tokens than the tiny models know."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
