@@ -148,9 +148,8 @@ def backpropagate_read(
     pre_dots, res_dots = _dot(x, d_branch_in, d_x_next)
     tiles = config.choose_tiles("maps_bwd", n, num_channels)
     num_blocks = cdiv(num_tokens, tiles["BT"])
-    d_projected, along_x = torch.empty_like(projected), torch.empty_like(inv_rms)
-    h_pre, h_res = phi.new_empty(n, num_tokens), phi.new_empty(n, n, num_tokens)
-    d_logits = torch.empty_like(projected)
+    d_logits, d_projected = torch.empty_like(projected), phi.new_empty(num_tokens, len(phi))
+    weights = phi.new_empty(num_tokens, n * n + n + 1)
     arguments = {
         "projected_ptr": projected,
         "inv_rms_ptr": inv_rms,
@@ -162,11 +161,9 @@ def backpropagate_read(
         "d_res_dots_ptr": res_dots,
         "d_h_res_ptr": d_h_res,
         "sums_ptr": phi.new_empty(2 * num_iters, n, num_tokens),
-        "d_projected_ptr": d_projected,
-        "along_x_ptr": along_x,
-        "h_pre_ptr": h_pre,
-        "h_res_ptr": h_res,
         "d_logits_ptr": d_logits,
+        "d_projected_ptr": d_projected,
+        "weights_ptr": weights,
         "T": num_tokens,
         "C": num_channels,
     }
@@ -182,7 +179,7 @@ def backpropagate_read(
     d_gates = (d_logits * projected).mv(inv_rms)
     d_alpha = torch.stack([part.sum() for part in d_gates.split([n, n, n * n])])
 
-    d_x, d_phi = _backpropagate_streams(x, phi, d_branch_in, d_x_next, d_projected, along_x, h_pre, h_res)
+    d_x, d_phi = _backpropagate_streams(x, phi, d_branch_in, d_x_next, d_projected, weights)
     return d_x, d_phi, d_logits.sum(1), d_alpha
 
 
@@ -313,9 +310,7 @@ def _backpropagate_streams(
     d_branch_in: Tensor | None,
     d_x_next: Tensor | None,
     d_projected: Tensor,
-    along_x: Tensor,
-    h_pre: Tensor,
-    h_res: Tensor,
+    weights: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """d_x and d_phi. One kernel, 3n+1 rows."""
     num_tokens, n, num_channels = x.shape
@@ -329,9 +324,7 @@ def _backpropagate_streams(
         "du_ptr": d_branch_in,
         "phi_ptr": phi,
         "d_projected_ptr": d_projected,
-        "along_x_ptr": along_x,
-        "h_pre_ptr": h_pre,
-        "h_res_ptr": h_res,
+        "weights_ptr": weights,
         "d_x_ptr": d_x,
         "d_phi_ptr": d_phi,
         "T": num_tokens,

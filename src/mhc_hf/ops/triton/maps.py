@@ -95,11 +95,9 @@ def maps_bwd_kernel(
     d_res_dots_ptr,
     d_h_res_ptr,
     sums_ptr,
-    d_projected_ptr,
-    along_x_ptr,
-    h_pre_ptr,
-    h_res_ptr,
     d_logits_ptr,
+    d_projected_ptr,
+    weights_ptr,
     T,
     C,
     N: tl.constexpr,
@@ -112,9 +110,9 @@ def maps_bwd_kernel(
     HAS_H_RES: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """From gradients of the maps to d_logits [M, T], d_projected [M, T], along_x [T] (what x itself gets through its
-    rms), and the maps h_pre and h_res once more. Gradients of h_pre and h_res come as given, as dots over channels, or
-    both. Grid: (T / BT,).
+    """From gradients of the maps to d_logits [M, T], d_projected [T, M] and weights [T, N*N + N + 1]: h_res and h_pre
+    once more, and what x itself gets through its rms. Gradients of h_pre and h_res come as given, as dots over channels
+    or both. Grid: (T / BT,).
     """
     M: tl.constexpr = (N + 2) * N
     t, exists, T = locate_tokens(T, BT)
@@ -132,7 +130,10 @@ def maps_bwd_kernel(
             grad += tl.load(d_h_res_ptr + k * T + t, mask=exists, other=0.0)
         d_res += (grad,)
     d_logits_res, h_res = backpropagate_matrix(d_res, logits_res, sums_ptr, t, exists, T, N, ITERS, LOG_ITERS)
-    store_rows(h_res_ptr, 0, h_res, t, exists, T, N * N)
+    # token-first, unlike all else: the next kernel finds these at constant offsets, which costs it no registers
+    weights_ptr += t * (N * N + N + 1)
+    for k in tl.static_range(N * N):
+        tl.store(weights_ptr + k, h_res[k], mask=exists)
 
     for k in tl.static_range(M):
         gate = tl.load(alpha_ptr + (0 if k < N else (1 if k < 2 * N else 2)))
@@ -140,7 +141,7 @@ def maps_bwd_kernel(
         d_logit = tl.zeros_like(inv_rms)
         if k < N:
             h_pre = tl.sigmoid(gate * z + tl.load(bias_ptr + k))
-            tl.store(h_pre_ptr + k * T + t, h_pre, mask=exists)
+            tl.store(weights_ptr + N * N + k, h_pre, mask=exists)
             if HAS_PRE_DOTS:
                 d_logit += tl.load(d_pre_dots_ptr + k * T + t, mask=exists, other=0.0)
             if HAS_H_PRE:
@@ -155,5 +156,5 @@ def maps_bwd_kernel(
             d_logit = d_logits_res[k - 2 * N]
         tl.store(d_logits_ptr + k * T + t, d_logit, mask=exists)
         along += gate * d_logit * z
-        tl.store(d_projected_ptr + k * T + t, gate * d_logit * inv_rms, mask=exists)
-    tl.store(along_x_ptr + t, along * inv_rms * inv_rms * (-1.0 / (N * C)), mask=exists)
+        tl.store(d_projected_ptr + t * M + k, gate * d_logit * inv_rms, mask=exists)
+    tl.store(weights_ptr + N * N + N, along * inv_rms * inv_rms * (-1.0 / (N * C)), mask=exists)

@@ -2,7 +2,8 @@
 
 Shapes: T tokens, N streams, C channels, M = (N+2)*N, MP the power of two above M. x, G (gradient of the streams after
 the site), d_x [T, N, C], du (gradient of the branch's input) [T, C]; token-last float32: pre_dots [N, T],
-res_dots [N, N, T] (into, from), d_projected [M, T], along_x [T], h_pre [N, T], h_res [N, N, T].
+res_dots [N, N, T] (into, from). Token-first float32, from `maps`: d_projected [T, M], weights [T, N*N + N + 1] (h_res,
+h_pre, and what goes along x itself).
 """
 
 # kernels are Triton, whose tuples grow and whose pointers are not Python's: not for a type checker
@@ -70,9 +71,7 @@ def streams_bwd_kernel(
     du_ptr,
     phi_ptr,
     d_projected_ptr,
-    along_x_ptr,
-    h_pre_ptr,
-    h_res_ptr,
+    weights_ptr,
     d_x_ptr,
     d_phi_ptr,
     T,
@@ -87,7 +86,7 @@ def streams_bwd_kernel(
     PRECISION: tl.constexpr,
     OUT_PRECISION: tl.constexpr,
 ):
-    """d_x_j = sum_i H_ij G_i (with MIX) + h_pre_j du (with BRANCH) + along_x x_j + d_projected . phi_j, and the partial
+    """d_x_j = sum_i H_ij G_i (with MIX) + h_pre_j du (with BRANCH) + along x_j + d_projected . phi_j, and the partial
     sum over tiles_group * BT tokens of d_phi = d_projected x, [groups, M, N*C]. G is mixed here and only here, so no
     partial d_x exists. Grid: (C / BC, groups).
     """
@@ -96,7 +95,6 @@ def streams_bwd_kernel(
     group = tl.program_id(1)
     m = tl.arange(0, MP)
     last = min(T, (group + 1) * tiles_group * BT)
-    rows = tl.cast(T, tl.int64)
     d_phi = ()
     for _ in tl.static_range(N):
         d_phi += (tl.zeros((MP, BC), tl.float32),)
@@ -105,9 +103,10 @@ def streams_bwd_kernel(
         exists = t < last
         inside = exists[:, None] & (c < C)[None, :]
         d_projected = tl.load(
-            d_projected_ptr + m[:, None] * rows + t[None, :], mask=(m < M)[:, None] & exists[None, :], other=0.0
+            d_projected_ptr + t[:, None] * M + m[None, :], mask=exists[:, None] & (m < M)[None, :], other=0.0
         )
-        along_x = tl.load(along_x_ptr + t, mask=exists, other=0.0)
+        weights = weights_ptr + t * (N * N + N + 1)
+        along = tl.load(weights + N * N + N, mask=exists, other=0.0)
         g = ()
         if MIX:
             for i in tl.static_range(N):
@@ -117,20 +116,20 @@ def streams_bwd_kernel(
         next_d_phi = ()
         for j in tl.static_range(N):
             x = tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0)
-            next_d_phi += (dot_weights(d_projected, x, d_phi[j], PRECISION),)
+            next_d_phi += (dot_weights(tl.trans(d_projected), x, d_phi[j], PRECISION),)
             phi = tl.load(
                 phi_ptr + m[:, None] * (N * C) + (j * C + c)[None, :],
                 mask=(m < M)[:, None] & (c < C)[None, :],
                 other=0.0,
             )
-            total = along_x[:, None] * x.to(tl.float32)
-            total = tl.dot(tl.trans(d_projected), phi, total, input_precision=OUT_PRECISION)
+            total = along[:, None] * x.to(tl.float32)
+            total = tl.dot(d_projected, phi, total, input_precision=OUT_PRECISION)
             if BRANCH:
-                h_pre = tl.load(h_pre_ptr + j * rows + t, mask=exists, other=0.0)
+                h_pre = tl.load(weights + N * N + j, mask=exists, other=0.0)
                 total += h_pre[:, None] * du
             if MIX:
                 for i in tl.static_range(N):
-                    h = tl.load(h_res_ptr + (i * N + j) * rows + t, mask=exists, other=0.0)
+                    h = tl.load(weights + i * N + j, mask=exists, other=0.0)
                     total += h[:, None] * g[i].to(tl.float32)
             d_x = narrow(total, d_x_ptr.dtype.element_ty)
             tl.store(d_x_ptr + (t * N + j)[:, None] * C + c[None, :], d_x, mask=inside)
