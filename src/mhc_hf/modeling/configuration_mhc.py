@@ -15,6 +15,8 @@ from .starts import STARTS
 
 # called with each new family's config class, before anyone sees it: `families` registers the model classes here
 on_new_family: list[Callable[[type["MHCConfig"]], None]] = []
+# called with each configuration that `from_base` makes: `families` refuses here what does not fit
+on_from_base: list[Callable[["MHCConfig"], None]] = []
 
 
 class MHCConfig(PreTrainedConfig):
@@ -77,7 +79,8 @@ class MHCConfig(PreTrainedConfig):
             config: configuration of a supported decoder, e.g. a `LlamaConfig`. It is not changed.
             hc: any of the `hc_*` fields.
         Raises:
-            ValueError: the family is not supported or already widened, or an `hc_*` value is out of range.
+            ValueError: the family is not supported, holds more than a decoder or is already widened, a field of
+                `config` does not fit, or an `hc_*` value is out of range.
         """
         if isinstance(config, MHCConfig):
             raise ValueError(
@@ -89,6 +92,13 @@ class MHCConfig(PreTrainedConfig):
             raise ValueError(
                 f"`from_base` takes hc_* fields only, got {', '.join(unknown)}. Set others on `config` first."
             )
+        decoder = config.get_text_config()
+        if decoder is not config:
+            raise ValueError(
+                f"`config` is a composite one: {type(config).__name__} holds a {type(decoder).__name__} "
+                "beside those of other modalities. Widen its decoder alone: pass `config.get_text_config()`, or the "
+                "`...ForCausalLM` that has it."
+            )
         values = config.to_dict()
         for name in ("model_type", "transformers_version"):
             values.pop(name, None)
@@ -98,6 +108,8 @@ class MHCConfig(PreTrainedConfig):
         widened._attn_implementation = config._attn_implementation
         widened._experts_implementation = getattr(config, "_experts_implementation", None)
         widened.name_or_path = config.name_or_path
+        for check in on_from_base:
+            check(widened)
         return widened
 
     @classmethod
@@ -153,7 +165,8 @@ def __getattr__(name: str) -> type[MHCConfig]:
     base_name = name.removeprefix("MHC")
     if base_name != name:
         for model_type, config_name in CONFIG_MAPPING_NAMES.items():
-            if config_name == base_name:
+            # not an alias, such as gpt-sw3 for gpt2
+            if config_name == base_name and CONFIG_MAPPING[model_type].model_type == model_type:
                 return config_class_for(model_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

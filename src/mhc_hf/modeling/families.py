@@ -9,6 +9,7 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
@@ -26,11 +27,12 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
-from .configuration_mhc import MHCConfig, config_class_for, family_class_name
+from .configuration_mhc import MHCConfig, config_class_for, on_from_base
 from .layer import MHCDecoderLayer
-from .sublayers import FAMILIES, SITE_NAMES, Form
+from .sublayers import FAMILIES, REFUSED, SITE_NAMES, Family
 
 HEADS = {
     AutoModelForSequenceClassification: GenericForSequenceClassification,
@@ -49,33 +51,75 @@ class Mixins:
 
 
 def supported_families() -> list[str]:
-    """Model types that can be widened, in alphabetical order."""
-    return sorted(FAMILIES)
+    """Model types that can be widened with the installed transformers, in alphabetical order."""
+    return sorted(model_type for model_type in FAMILIES if model_type in CONFIG_MAPPING_NAMES)
 
 
-def form_of(base_model_type: str) -> Form:
-    """What the branches of a family's decoder layer are made of.
+def family_of(base_model_type: str) -> Family:
+    """The row of the table.
 
     Raises:
-        ValueError: the family is not supported.
+        ValueError: the family is not supported; the message says why.
     """
-    if base_model_type not in FAMILIES:
+    if base_model_type in FAMILIES:
+        return FAMILIES[base_model_type]
+    if base_model_type in REFUSED:
         raise ValueError(
-            f"`base_model_type={base_model_type!r}` is not supported: its decoder layer has not been checked against "
-            f"hyper-connections, and a guess could give wrong answers. Supported: {', '.join(supported_families())}."
+            f"`base_model_type={base_model_type!r}` cannot be widened: {REFUSED[base_model_type]}. "
+            "Hyper-connections take the place of additions x + F(x). See docs/families.md for the families that fit."
         )
-    return FAMILIES[base_model_type]
+    raise ValueError(
+        f"`base_model_type={base_model_type!r}` is not supported: its decoder layer has not been checked against "
+        f"hyper-connections, and a guess could give wrong answers. Supported: {', '.join(supported_families())}."
+    )
+
+
+def check_fits(config: MHCConfig) -> None:
+    """Refuse what a family's configuration may ask for and hyper-connections cannot give.
+
+    Raises:
+        ValueError: a field of `config` has a value that does not fit.
+    """
+    family = family_of(str(config.base_model_type))
+    for name, fitting, meaning in family.refuse:
+        value = getattr(config, name, fitting[0])
+        if value not in fitting:
+            raise ValueError(
+                f"`{name}={value!r}` of this {config.base_model_type} configuration cannot be widened: {meaning}. "
+                f"Only `{name}={fitting[0]!r}` can."
+            )
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """Where a family's base model keeps its decoder layers."""
+    config: Any = model.config
+    layers: Any = model.get_submodule(family_of(config.base_model_type).layers)
+    return layers
 
 
 def widen_layers(model: PreTrainedModel) -> None:
-    """Replace the decoder layers of a family's base model by `MHCDecoderLayer`s that adopt them, in place."""
+    """Replace the decoder layers of a family's base model by `MHCDecoderLayer`s that adopt them, in place.
+
+    Raises:
+        ValueError: the configuration does not fit, or the installed transformers has changed the family's layer.
+    """
     config: Any = model.config
-    layers: Any = model.layers
-    form = form_of(config.base_model_type)
+    check_fits(config)
+    family = family_of(config.base_model_type)
+    layers: Any = layers_of(model)
+    site, last = 0, len(layers) - 1
     for index, layer in enumerate(layers):
-        layers[index] = MHCDecoderLayer(
-            layer, config, form, index * len(form), widens=index == 0, collapses=index == len(layers) - 1
-        )
+        form = family.form(config, index)
+        layers[index] = MHCDecoderLayer(layer, config, form, site, widens=index == 0, collapses=index == last)
+        site += len(form.sites)
+    _capture_in_inner_model(model, family)
+
+
+def _capture_in_inner_model(model: PreTrainedModel, family: Family) -> None:
+    """Where the layers sit in a model within the model, its outputs are captured under a class that is not ours."""
+    inner = model.get_submodule(family.layers.rpartition(".")[0])
+    if inner is not model and isinstance(inner, PreTrainedModel):
+        _CAN_RECORD_REGISTRY[inner] = _recorded_outputs(type(inner), beside_the_bases=True)
 
 
 def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
@@ -85,7 +129,7 @@ def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
         ValueError: the family is not supported.
     """
     base_model_type: Any = config_class.base_model_type
-    form_of(base_model_type)
+    family_of(base_model_type)
     base_config = config_class.__bases__[0]
     base_model: Any = MODEL_MAPPING[base_config]
     base_causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
@@ -124,19 +168,11 @@ def _make_class(
     name: str, bases: tuple[type, ...], config_class: type[MHCConfig], base: Any, base_model: Any
 ) -> type[PreTrainedModel]:
     """A family's class. `base` is the class whose declarations it inherits, `base_model` the family's plain model."""
-    recorded = dict(getattr(base, "_can_record_outputs", None) or {})
-    if "hidden_states" in recorded:
-        recorder = recorded["hidden_states"]
-        recorded["hidden_states"] = (
-            OutputRecorder(**(vars(recorder) | {"target_class": MHCDecoderLayer}))
-            if isinstance(recorder, OutputRecorder)
-            else MHCDecoderLayer
-        )
     namespace = {
         "__module__": __name__,
         "__qualname__": name,
         "config_class": config_class,
-        "_can_record_outputs": recorded,
+        "_can_record_outputs": _recorded_outputs(base),
         "_no_split_modules": [*(base._no_split_modules or []), MHCDecoderLayer.__name__],
         "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or []), *SITE_NAMES],
         # both are found by reading the source of the class's module, which here is this file
@@ -148,12 +184,33 @@ def _make_class(
     return made
 
 
+def _recorded_outputs(base: Any, *, beside_the_bases: bool = False) -> dict[str, Any]:
+    """What `base` declares that outputs are captured from, with our decoder layer in place of the family's."""
+    recorded = dict(getattr(base, "_can_record_outputs", None) or {})
+    if "hidden_states" not in recorded:
+        return recorded
+    declared = recorded["hidden_states"]
+    declared = list(declared) if isinstance(declared, list | tuple) else [declared]
+    first = declared[0]
+    ours = (
+        OutputRecorder(**(vars(first) | {"target_class": MHCDecoderLayer}))
+        if isinstance(first, OutputRecorder)
+        else MHCDecoderLayer
+    )
+    recorded["hidden_states"] = [*(d for d in declared if d != ours), ours] if beside_the_bases else ours
+    return recorded
+
+
 def __getattr__(name: str) -> type:
     """Family classes by name: pickles and spawned processes look for them before anyone has asked for the family."""
-    for base_model_type in FAMILIES:
-        stem = family_class_name(base_model_type).removesuffix("Config")
+    for base_model_type in supported_families():
+        # by the name of the configuration's class: to look at the class itself would import every family
+        stem = f"MHC{CONFIG_MAPPING_NAMES[base_model_type].removesuffix('Config')}"
         if name.startswith((f"{stem}Model", f"{stem}For")):
             config_class_for(base_model_type)
             if name in globals():
                 return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+on_from_base.append(check_fits)

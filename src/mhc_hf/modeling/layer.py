@@ -3,6 +3,8 @@
 It adopts the sub-modules of the family's own layer under their own names and puts a hyper-connection around each
 branch. Streams travel flat between layers, [B, S, n*C]; the first layer widens the hidden states, the last one
 collapses them, so that the family's own `Model.forward` runs untouched and its KV cache never hears of n.
+
+Shapes: B batch, S sequence, n streams (expansion rate), C channels of one stream.
 """
 
 import inspect
@@ -15,19 +17,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_mhc import MHCConfig
 from .hyper_connection import HyperConnection
-from .sublayers import Form, SubLayer
+from .sublayers import Chain, Context, Form, resolve, run_chain
 
 
 class MHCDecoderLayer(GradientCheckpointingLayer):
     """A family's decoder layer with hyper-connections in place of its residual additions.
 
     Args:
-        base_layer: the family's layer; its sub-modules and plain attributes are taken over, not copied.
+        base_layer: the family's layer; its sub-modules, parameters, buffers and plain attributes are taken over, not
+            copied.
         config: configuration of the widened model.
         form: what its branches are made of.
         first_site: index of its first site in the whole model.
         widens: this is the first layer, and its input is [B, S, C].
         collapses: this is the last layer, and its output is [B, S, C].
+    Raises:
+        ValueError: the layer does not hold what the form names.
     """
 
     def __init__(
@@ -40,33 +45,47 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
                 setattr(self, name, value)
         for name, module in base_layer.named_children():
             self.add_module(name, module)
-        self.form = form
+        for name, parameter in base_layer.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in base_layer.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in base_layer._non_persistent_buffers_set)
         self.hc_mult = config.hc_mult
         self.widens = widens
         self.collapses = collapses
-        # names of the family's positional arguments after hidden_states
-        self.argument_names = tuple(inspect.signature(type(base_layer).forward).parameters)[2:]
-        for index, sub_layer in enumerate(form):
-            self.add_module(sub_layer.site, HyperConnection(config, first_site + index))
+        self.returns = form.returns
+        self.stream_scale = form.stream_scale
+        self.chains = {site: resolve(chain, base_layer) for site, chain in form.sites.items()}
+        # the family's arguments after self and hidden_states, with their defaults
+        parameters = list(inspect.signature(type(base_layer).forward).parameters.values())[2:]
+        named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        self.argument_names = tuple(p.name for p in named)
+        self.argument_defaults = {p.name: None if p.default is p.empty else p.default for p in named}
+        for index, site in enumerate(form.sites):
+            self.add_module(site, HyperConnection(config, first_site + index))
 
-    def forward(self, hidden_states: Tensor, *args: Any, **context: Any) -> Tensor:
-        """[B, S, n*C] -> [B, S, n*C]; [B, S, C] where this layer widens (in) or collapses (out)."""
-        context.update(zip(self.argument_names, args, strict=False))
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """[B, S, n*C] -> [B, S, n*C]; [B, S, C] where this layer widens (in) or collapses (out).
+
+        Where the family's layer returns a tuple, so does this one, with what its attention answered besides.
+        """
+        given = kwargs | dict(zip(self.argument_names, args, strict=False))
+        arguments = {name: given.pop(name, default) for name, default in self.argument_defaults.items()}
+        context = Context(arguments, given)
         x = widen_streams(hidden_states, self.hc_mult) if self.widens else hidden_states
-        for sub_layer in self.form:
-            x = getattr(self, sub_layer.site)(x, partial(self._branch, sub_layer, context))
-        return collapse_streams(x, self.hc_mult) if self.collapses else x
+        for site, chain in self.chains.items():
+            x = getattr(self, site)(x, partial(self._branch, chain, context))
+        if self.stream_scale is not None:
+            x = x * getattr(self, self.stream_scale)
+        if self.collapses:
+            x = collapse_streams(x, self.hc_mult)
+        if self.returns is None:
+            return x
+        return x, context.answer[self.returns] if len(context.answer) > self.returns else None
 
-    def _branch(self, sub_layer: SubLayer, context: dict[str, Any], hidden_states: Tensor) -> Tensor:
+    def _branch(self, chain: Chain, context: Context, branch_in: Tensor) -> Tensor:
         """F of one site. [B, S, C] -> [B, S, C]"""
-        normed = getattr(self, sub_layer.norm)(hidden_states)
-        branch = getattr(self, sub_layer.branch)
-        if sub_layer.takes_context:
-            out = branch(hidden_states=normed, **context)
-        else:
-            out = branch(normed)
-        # attention answers (output, weights), a mixture of experts may answer (output, router logits)
-        return out[0] if isinstance(out, tuple) else out
+        # some mixtures of experts answer token by token, [B*S, C]
+        return run_chain(chain, self, branch_in, context).view_as(branch_in)
 
 
 def widen_streams(hidden_states: Tensor, hc_mult: int) -> Tensor:

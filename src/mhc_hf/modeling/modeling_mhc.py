@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_mhc import MHCConfig, on_new_family
-from .families import Mixins, register_family, widen_layers
+from .families import Mixins, layers_of, register_family, widen_layers
 from .hyper_connection import HyperConnection
 from .layer import MHCDecoderLayer
 from .starts import default_start
@@ -92,8 +92,7 @@ class MHCModel(MHCPreTrainedModel):
 
     def post_init(self) -> None:
         # the family's constructor calls this last, when its layers stand
-        layers: Any = self.layers
-        if not any(isinstance(layer, MHCDecoderLayer) for layer in layers):
+        if not any(isinstance(layer, MHCDecoderLayer) for layer in layers_of(self)):
             widen_layers(self)
         super().post_init()
 
@@ -105,9 +104,12 @@ class MHCForCausalLM(MHCPreTrainedModel):
 
     def post_init(self) -> None:
         # the family's constructor has built its own plain model: give it our class, then let it widen itself
-        base: Any = self.base_model
+        widened_class: Any = AutoModel._model_mapping[type(self.config)]
+        _, plain_class = widened_class.__bases__
+        # by class: the prefix of some families names what holds the decoder in their multimodal models
+        base: Any = next(module for module in self.children() if isinstance(module, plain_class))
         if not isinstance(base, MHCModel):
-            base.__class__ = AutoModel._model_mapping[type(self.config)]
+            base.__class__ = widened_class
             # outputs are captured by class, and the class was another when the model was built. The registry's keys are
             # the classes' names; only since 5.23 does it take the model and find the name itself
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(base)), base._can_record_outputs)
