@@ -10,6 +10,7 @@ from .functional import (
     sinkhorn_knopp,
     site_read,
     site_write,
+    site_write_read,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "sinkhorn_knopp",
     "site_read",
     "site_write",
+    "site_write_read",
 ]

@@ -35,6 +35,22 @@ def read(x: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor, num_iters: int, no
     return pre(x, h_pre), h_post, h_res, projected, inv_rms
 
 
+def write_read(
+    x: Tensor,
+    branch_out: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    num_iters: int,
+    norm_eps: float,
+) -> tuple[Tensor, ...]:
+    """`post_res`, then the next site's `read` of it: x_next and what `read` returns."""
+    x_next = post_res(x, branch_out, h_post, h_res)
+    return x_next, *read(x_next, phi, bias, alpha, num_iters, norm_eps)
+
+
 def pre(x: Tensor, h_pre: Tensor) -> Tensor:
     """H_pre x. [T, C]"""
     branch_in = x.new_empty(x.shape[0], x.shape[2])

@@ -196,17 +196,73 @@ def site_write(x: Tensor, branch_out: Tensor, site: SiteRead, *, backend: Backen
     return x_next.view(x.shape)
 
 
+def site_write_read(
+    x: Tensor,
+    branch_out: Tensor,
+    site: SiteRead,
+    phi: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_iters: int = 20,
+    norm_eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> tuple[Tensor, SiteRead]:
+    """`site_write`, then `site_read` of what it wrote by the next site of the layer, in one pass over the streams.
+
+    Args:
+        x, branch_out, site: as `site_write` takes them.
+        phi, bias, alpha, num_iters, norm_eps: the next site's, as `site_read` takes them.
+    Returns:
+        The streams between the sites, [..., n, C] in the dtype of `x`, and the next site's SiteRead, to be given to
+        `site_write` with them.
+    Raises:
+        ValueError: shapes or dtypes disagree, or a parameter is not float32.
+    """
+    check_streams(x)
+    check_branch(x, branch_out)
+    check_parameters(x, phi, bias, alpha)
+    check_iters(num_iters)
+    chosen = choose_backend(backend, x, x.shape[-2])
+    arguments = (
+        _flatten_tokens(x),
+        _flatten_branch(branch_out),
+        site.h_post,
+        site.h_res,
+        *_match(x, phi, bias, alpha),
+        num_iters,
+        norm_eps,
+    )
+    link: tuple[Tensor, ...]
+    if site.link is None and _records_graph(arguments):
+        # the first site was read without a graph, so its x needs no gradient; this site's own parameters may
+        x_next = site_write(x, branch_out, site, backend=backend)
+        return x_next, site_read(x_next, phi, bias, alpha, num_iters=num_iters, norm_eps=norm_eps, backend=backend)
+    if site.link is None:
+        implementation = registered.exempt_from_autocast(registered.get_implementation(chosen).write_read)
+        x_next, branch_in, h_post, h_res, _, _, *link = implementation(*arguments)
+    else:
+        x_next, branch_in, h_post, h_res, _, _, *link = registered.write_read(site.link, *arguments, chosen)
+    branch_in = branch_in.unflatten(0, x.shape[:-2])
+    return x_next.view(x.shape), SiteRead(branch_in, h_post, h_res, link[0] if link else None)
+
+
 def _call(name: str, backend: str, *arguments: Any) -> Any:
     """Run an op: through its registration where a graph is recorded, at once where only the value is wanted.
 
     A custom op's way through the dispatcher costs more than the arithmetic of one decoded token.
     """
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    ):
+    if _records_graph(arguments):
         return getattr(registered, name)(*arguments, backend)
     implementation = eager if backend == "torch" else registered.get_implementation(backend)
     return registered.exempt_from_autocast(getattr(implementation, name))(*arguments)
+
+
+def _records_graph(arguments: tuple[Any, ...]) -> bool:
+    """Whether an autograd node or a compiler is to see the op."""
+    return torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    )
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -250,6 +250,8 @@ def _differentiate_post_res(ctx, d_x_next):
     x, branch_out, h_post, h_res = ctx.saved_tensors
     d_x_next = d_x_next.contiguous()
     d_branch_out, d_h_post = write_backward(branch_out, h_post, d_x_next, ctx.backend)
+    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
+        return None, d_branch_out, d_h_post, None, None
     d_x, d_h_res = mix_backward(x, h_res, d_x_next, ctx.backend)
     return d_x, d_branch_out, d_h_post, d_h_res, None
 
@@ -268,6 +270,44 @@ def _differentiate_write(ctx, d_x_next):
 
 post_res.register_autograd(_differentiate_post_res, setup_context=_save_post_res)
 write.register_autograd(_differentiate_write, setup_context=_save_write)
+
+
+# ---- after one branch and before the next: the kernels fuse the two -------------------------------------------------
+
+write_read = _register(
+    "write_read",
+    "(Tensor link, Tensor x, Tensor branch_out, Tensor h_post, Tensor h_res, Tensor phi, Tensor bias, Tensor alpha,"
+    " int num_iters, float norm_eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda link, x, branch_out, h_post, h_res, phi, bias, alpha, num_iters, norm_eps, backend: (
+        *get_implementation(backend).write_read(x, branch_out, h_post, h_res, phi, bias, alpha, num_iters, norm_eps),
+        _new_link(x),
+    ),
+    lambda link, x, branch_out, h_post, h_res, phi, bias, alpha, num_iters, norm_eps, backend: (
+        torch.empty_like(x),
+        *_fake_read(x, phi, bias, alpha, num_iters, norm_eps, backend),
+    ),
+)
+
+
+def _save_write_read(ctx, inputs, output):
+    _, _, branch_out, h_post, _, phi, bias, alpha, ctx.num_iters, _, ctx.backend = inputs
+    x_next, _, _, _, projected, inv_rms, _ = output
+    ctx.mark_non_differentiable(projected, inv_rms)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(branch_out, h_post, x_next, phi, bias, alpha, projected, inv_rms)
+
+
+def _differentiate_write_read(ctx, d_x_next, d_branch_in, d_h_post, d_h_res, _projected, _inv_rms, d_x_after):
+    branch_out, h_post, *saved = ctx.saved_tensors
+    grads = (_contiguous(d_branch_in), None, _contiguous(d_h_post), _contiguous(d_h_res), _contiguous(d_x_after))
+    d_x, d_phi, d_bias, d_alpha = read_backward(*saved, ctx.num_iters, *grads, ctx.backend)
+    # someone outside the two sites read x_next too, a hook that records hidden states for one
+    d_x = d_x if d_x_next is None else d_x + d_x_next
+    d_branch_out, d_next_h_post = write_backward(branch_out, h_post, d_x, ctx.backend)
+    return d_x, None, d_branch_out, d_next_h_post, None, d_phi, d_bias, d_alpha, None, None, None
+
+
+write_read.register_autograd(_differentiate_write_read, setup_context=_save_write_read)
 
 
 def _contiguous(grad: Tensor | None) -> Tensor | None:
