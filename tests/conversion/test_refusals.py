@@ -64,7 +64,7 @@ def test_a_config_without_sense(refuse, base, text):
     refuse(UnusableSource, "config.json")
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt_neo", "no_such_family"])
+@pytest.mark.parametrize("family", ["bert", "t5", "no_such_family"])
 def test_an_unsupported_family_lists_the_supported(refuse, base, family):
     edit_json(base / "config.json", model_type=family)
     refuse(UnusableSource, repr(family), *supported_families())
