@@ -27,9 +27,12 @@ _PROGRAMS = 256
 _MAX_SPLITS = 32
 
 
-def choose_tiles(kernel: str, n: int, num_channels: int) -> dict[str, int]:
+def choose_tiles(kernel: str, n: int, num_channels: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
     """Tile sizes, num_warps and num_stages of a kernel for n streams of C channels."""
     tokens, channels, num_warps, num_stages = _TILES[kernel][0 if n <= 4 else 1]
+    if kernel == "write_project" and dtype == torch.float32:
+        # twice the bytes a number: at BC = 32 the streams of a tile do not fit the registers of sm_90
+        channels = 16
     if channels == 1:
         return {"BT": tokens, "num_warps": num_warps, "num_stages": num_stages}
     least = 16 if kernel in _MATRIX_KERNELS else 32

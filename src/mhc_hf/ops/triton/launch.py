@@ -21,8 +21,8 @@ def project_doubly_stochastic(logits: Tensor, num_iters: int) -> Tensor:
     h_res = torch.empty_like(logits)
     tiles = config.choose_tiles("sinkhorn", n, 1)
     grid = (cdiv(num_tokens, tiles["BT"]),)
-    arguments = {"logits_ptr": logits, "h_res_ptr": h_res, "T": num_tokens}
-    run_kernel(sinkhorn.sinkhorn_fwd_kernel, grid, arguments, _count_iters(n, num_iters) | tiles)
+    arguments = {"logits_ptr": logits, "h_res_ptr": h_res, "T": num_tokens, **_count_iters(n, num_iters)}
+    run_kernel(sinkhorn.sinkhorn_fwd_kernel, grid, arguments, {"N": n} | tiles)
     return h_res
 
 
@@ -37,9 +37,10 @@ def backpropagate_projection(grad: Tensor, logits: Tensor, num_iters: int) -> tu
         "d_logits_ptr": d_logits,
         "sums_ptr": logits.new_empty(2 * num_iters, n, num_tokens),
         "T": num_tokens,
+        **_count_iters(n, num_iters),
     }
     grid = (cdiv(num_tokens, tiles["BT"]),)
-    run_kernel(sinkhorn.sinkhorn_bwd_kernel, grid, arguments, _count_iters(n, num_iters) | tiles)
+    run_kernel(sinkhorn.sinkhorn_bwd_kernel, grid, arguments, {"N": n} | tiles)
     return (d_logits,)
 
 
@@ -71,7 +72,7 @@ def write_read(
     """`post_res`, then the next site's `read` of it: x_next and what `read` returns. Two kernels, 3n+2 rows."""
     num_tokens, n, num_channels = x.shape
     x_next = torch.empty_like(x)
-    tiles = config.choose_tiles("write_project", n, num_channels)
+    tiles = config.choose_tiles("write_project", n, num_channels, x.dtype)
     num_blocks = cdiv(num_tokens, tiles["BT"])
     splits, tiles_split = config.split_channels(num_channels, tiles["BC"], num_blocks)
     partial = phi.new_empty(splits, len(phi) + 1, num_tokens)
@@ -166,9 +167,10 @@ def backpropagate_read(
         "weights_ptr": weights,
         "T": num_tokens,
         "C": num_channels,
+        **_count_iters(n, num_iters),
     }
     constants = {
-        **_count_iters(n, num_iters),
+        "N": n,
         "HAS_PRE_DOTS": pre_dots is not None,
         "HAS_H_PRE": d_h_pre is not None,
         "HAS_H_POST": d_h_post is not None,
@@ -226,11 +228,12 @@ def _compute_maps(
         "branch_in_ptr": first if collapses else None,
         "T": num_tokens,
         "C": num_channels,
+        **_count_iters(n, num_iters),
         "num_splits": len(partial),
         "norm_eps": norm_eps,
     }
     tiles = config.choose_tiles("maps_fwd", n, num_channels)
-    constants = {**_count_iters(n, num_iters), "COLLAPSE": collapses}
+    constants = {"N": n, "COLLAPSE": collapses}
     run_kernel(maps.maps_fwd_kernel, (cdiv(num_tokens, tiles["BT"]),), arguments, constants | tiles)
     return first, h_post, h_res, projected, inv_rms
 
@@ -339,4 +342,4 @@ def _backpropagate_streams(
 
 
 def _count_iters(n: int, num_iters: int) -> dict[str, int]:
-    return {"N": n, "ITERS": num_iters, "LOG_ITERS": count_log_iters(n, num_iters)}
+    return {"num_iters": num_iters, "log_iters": count_log_iters(n, num_iters)}

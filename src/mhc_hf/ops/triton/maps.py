@@ -10,20 +10,24 @@ Shapes: T tokens, N streams, C channels, M = (N+2)*N; token-last: partial [SPLIT
 import triton
 import triton.language as tl
 
-from .language import locate_tokens, narrow, store_rows
+from .language import load_rows, locate_tokens, narrow, store_rows
 from .sinkhorn import backpropagate_matrix, project_matrix
 
 
 @triton.jit
-def sum_splits(partial_ptr, row, num_splits, t, exists, T, ROWS: tl.constexpr):
-    """Row `row` of [SPLITS, ROWS, T], summed over the splits in their order."""
-    total = tl.load(partial_ptr + row * T + t, mask=exists, other=0.0)
+def sum_splits(partial_ptr, num_splits, t, exists, T, ROWS: tl.constexpr):
+    """[SPLITS, ROWS, T] summed over the splits in their order, as a tuple of rows."""
+    totals = load_rows(partial_ptr, 0, t, exists, T, ROWS)
     for split in range(1, num_splits):
-        total += tl.load(partial_ptr + (split * ROWS + row) * T + t, mask=exists, other=0.0)
-    return total
+        sums = ()
+        for k in tl.static_range(ROWS):
+            part = tl.load(partial_ptr + (split * ROWS + k) * T + t, mask=exists, other=0.0)
+            sums += (totals[k] + part,)
+        totals = sums
+    return totals
 
 
-@triton.jit(do_not_specialize=["T", "num_splits"])
+@triton.jit(do_not_specialize=["T", "num_iters", "log_iters", "num_splits"])
 def maps_fwd_kernel(
     partial_ptr,
     bias_ptr,
@@ -37,11 +41,11 @@ def maps_fwd_kernel(
     branch_in_ptr,
     T,
     C,
+    num_iters,
+    log_iters,
     num_splits,
     norm_eps,
     N: tl.constexpr,
-    ITERS: tl.constexpr,
-    LOG_ITERS: tl.constexpr,
     COLLAPSE: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -49,24 +53,23 @@ def maps_fwd_kernel(
     """All maps of BT tokens; with COLLAPSE also branch_in = H_pre x, h_pre staying on chip. Grid: (T / BT,)."""
     M: tl.constexpr = (N + 2) * N
     t, exists, T = locate_tokens(T, BT)
-    squares = sum_splits(partial_ptr, M, num_splits, t, exists, T, M + 1)
-    inv_rms = tl.rsqrt(squares / (N * C) + norm_eps)
+    projected = sum_splits(partial_ptr, num_splits, t, exists, T, M + 1)
+    inv_rms = tl.rsqrt(projected[M] / (N * C) + norm_eps)
     tl.store(inv_rms_ptr + t, inv_rms, mask=exists)
 
     h_pre = ()
     logits_res = ()
     for k in tl.static_range(M):
-        projected = sum_splits(partial_ptr, k, num_splits, t, exists, T, M + 1)
-        tl.store(projected_ptr + k * T + t, projected, mask=exists)
+        tl.store(projected_ptr + k * T + t, projected[k], mask=exists)
         gate = tl.load(alpha_ptr + (0 if k < N else (1 if k < 2 * N else 2)))
-        logit = gate * (projected * inv_rms) + tl.load(bias_ptr + k)
+        logit = gate * (projected[k] * inv_rms) + tl.load(bias_ptr + k)
         if k < N:
             h_pre += (tl.sigmoid(logit),)
         elif k < 2 * N:
             tl.store(h_post_ptr + (k - N) * T + t, 2 * tl.sigmoid(logit), mask=exists)
         else:
             logits_res += (logit,)
-    h_res = project_matrix(logits_res, N, ITERS, LOG_ITERS)
+    h_res = project_matrix(logits_res, num_iters, log_iters, N)
     store_rows(h_res_ptr, 0, h_res, t, exists, T, N * N)
 
     if COLLAPSE:
@@ -83,7 +86,7 @@ def maps_fwd_kernel(
         store_rows(h_pre_ptr, 0, h_pre, t, exists, T, N)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "num_iters", "log_iters"])
 def maps_bwd_kernel(
     projected_ptr,
     inv_rms_ptr,
@@ -100,9 +103,9 @@ def maps_bwd_kernel(
     weights_ptr,
     T,
     C,
+    num_iters,
+    log_iters,
     N: tl.constexpr,
-    ITERS: tl.constexpr,
-    LOG_ITERS: tl.constexpr,
     HAS_PRE_DOTS: tl.constexpr,
     HAS_H_PRE: tl.constexpr,
     HAS_H_POST: tl.constexpr,
@@ -129,7 +132,7 @@ def maps_bwd_kernel(
         if HAS_H_RES:
             grad += tl.load(d_h_res_ptr + k * T + t, mask=exists, other=0.0)
         d_res += (grad,)
-    d_logits_res, h_res = backpropagate_matrix(d_res, logits_res, sums_ptr, t, exists, T, N, ITERS, LOG_ITERS)
+    d_logits_res, h_res = backpropagate_matrix(d_res, logits_res, sums_ptr, t, exists, T, num_iters, log_iters, N)
     # token-first, unlike all else: the next kernel finds these at constant offsets, which costs it no registers
     weights_ptr += t * (N * N + N + 1)
     for k in tl.static_range(N * N):

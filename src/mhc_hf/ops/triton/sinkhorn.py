@@ -1,7 +1,7 @@
 """Sinkhorn-Knopp in registers, forward and backward, alone and as part of other kernels.
 
 Shapes: N streams, T tokens, BT of them a program; a matrix is a tuple of N*N [BT] vectors, (i, j) = into i from j at
-i*N + j. A half-step of axis 0 normalises columns (sums over i), of axis 1 rows. The first LOG_ITERS iterations run on
+i*N + j. A half-step of axis 0 normalises columns (sums over i), of axis 1 rows. The first log_iters iterations run on
 logarithms, the others by division: `ops/sinkhorn.py` says why that is safe.
 """
 
@@ -80,35 +80,33 @@ def exp_all(m, N: tl.constexpr):
 
 
 @triton.jit
-def project_matrix(logits, N: tl.constexpr, ITERS: tl.constexpr, LOG_ITERS: tl.constexpr):
+def project_matrix(logits, num_iters, log_iters, N: tl.constexpr):
     """The tuple of logits made doubly stochastic, columns first and rows last."""
     log_m = logits
-    for _ in range(LOG_ITERS):
+    for _ in range(log_iters):
         log_m = add_along(log_m, log_sum_along(log_m, N, 0), -1.0, N, 0)
         log_m = add_along(log_m, log_sum_along(log_m, N, 1), -1.0, N, 1)
     m = exp_all(log_m, N)
-    for _ in range(ITERS - LOG_ITERS):
+    for _ in range(num_iters - log_iters):
         m = divide_along(m, sum_along(m, N, 0), N, 0)
         m = divide_along(m, sum_along(m, N, 1), N, 1)
     return m
 
 
 @triton.jit
-def backpropagate_matrix(
-    grad, logits, sums_ptr, t, exists, T, N: tl.constexpr, ITERS: tl.constexpr, LOG_ITERS: tl.constexpr
-):
-    """Gradient of the logits through the unrolled iterations, and the matrix. `sums_ptr` [2*ITERS, N, T] is scratch.
+def backpropagate_matrix(grad, logits, sums_ptr, t, exists, T, num_iters, log_iters, N: tl.constexpr):
+    """Gradient of the logits through the unrolled iterations, and the matrix. sums [2*num_iters, N, T] is scratch.
 
     Every half-step is made again once, its sums kept; on the way back a matrix times its sums is the one before it.
     """
     log_m = logits
-    for k in range(LOG_ITERS):
+    for k in range(log_iters):
         for axis in tl.static_range(2):
             sums = log_sum_along(log_m, N, axis)
             store_rows(sums_ptr, (2 * k + axis) * N, sums, t, exists, T, N)
             log_m = add_along(log_m, sums, -1.0, N, axis)
     m = exp_all(log_m, N)
-    for k in range(LOG_ITERS, ITERS):
+    for k in range(log_iters, num_iters):
         for axis in tl.static_range(2):
             sums = sum_along(m, N, axis)
             store_rows(sums_ptr, (2 * k + axis) * N, sums, t, exists, T, N)
@@ -119,15 +117,15 @@ def backpropagate_matrix(
     g = ()
     for k in tl.static_range(N * N):
         g += (grad[k] * m[k],)
-    for back in range(ITERS - LOG_ITERS):
+    for back in range(num_iters - log_iters):
         for flip in tl.static_range(2):
             g = subtract_share(g, m, N, 1 - flip)
-            row = (2 * (ITERS - 1 - back) + 1 - flip) * N
+            row = (2 * (num_iters - 1 - back) + 1 - flip) * N
             m = multiply_along(m, load_rows(sums_ptr, row, t, exists, T, N), N, 1 - flip)
-    for back in range(LOG_ITERS):
+    for back in range(log_iters):
         for flip in tl.static_range(2):
             g = subtract_share(g, exp_all(log_m, N), N, 1 - flip)
-            row = (2 * (LOG_ITERS - 1 - back) + 1 - flip) * N
+            row = (2 * (log_iters - 1 - back) + 1 - flip) * N
             log_m = add_along(log_m, load_rows(sums_ptr, row, t, exists, T, N), 1.0, N, 1 - flip)
     return g, h_res
 
@@ -143,32 +141,30 @@ def subtract_share(g, p, N: tl.constexpr, AXIS: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["T"])
-def sinkhorn_fwd_kernel(
-    logits_ptr, h_res_ptr, T, N: tl.constexpr, ITERS: tl.constexpr, LOG_ITERS: tl.constexpr, BT: tl.constexpr
-):
+@triton.jit(do_not_specialize=["T", "num_iters", "log_iters"])
+def sinkhorn_fwd_kernel(logits_ptr, h_res_ptr, T, num_iters, log_iters, N: tl.constexpr, BT: tl.constexpr):
     """logits [N, N, T] -> h_res [N, N, T]. Grid: (T / BT,)."""
     t, exists, T = locate_tokens(T, BT)
     logits = load_rows(logits_ptr, 0, t, exists, T, N * N)
-    h_res = project_matrix(logits, N, ITERS, LOG_ITERS)
+    h_res = project_matrix(logits, num_iters, log_iters, N)
     store_rows(h_res_ptr, 0, h_res, t, exists, T, N * N)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "num_iters", "log_iters"])
 def sinkhorn_bwd_kernel(
     grad_ptr,
     logits_ptr,
     d_logits_ptr,
     sums_ptr,
     T,
+    num_iters,
+    log_iters,
     N: tl.constexpr,
-    ITERS: tl.constexpr,
-    LOG_ITERS: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """grad, logits [N, N, T] -> d_logits [N, N, T]; sums [2*ITERS, N, T] is scratch. Grid: (T / BT,)."""
+    """grad, logits [N, N, T] -> d_logits [N, N, T]; sums [2*num_iters, N, T] is scratch. Grid: (T / BT,)."""
     t, exists, T = locate_tokens(T, BT)
     grad = load_rows(grad_ptr, 0, t, exists, T, N * N)
     logits = load_rows(logits_ptr, 0, t, exists, T, N * N)
-    d_logits, _ = backpropagate_matrix(grad, logits, sums_ptr, t, exists, T, N, ITERS, LOG_ITERS)
+    d_logits, _ = backpropagate_matrix(grad, logits, sums_ptr, t, exists, T, num_iters, log_iters, N)
     store_rows(d_logits_ptr, 0, d_logits, t, exists, T, N * N)
