@@ -42,7 +42,7 @@ class Worker:
     def __init__(self, address, home, **environment):
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE"))}
         variables |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
-        variables |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+        variables |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", _WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
         )
