@@ -2,5 +2,8 @@
 
 from .adapters import mhc_lora_config
 from .param_groups import mhc_param_groups
+from .pipeline import TrainingPipeline
+from .sharding import shard_widened_model
+from .stages import split_into_stages
 
-__all__ = ["mhc_lora_config", "mhc_param_groups"]
+__all__ = ["TrainingPipeline", "mhc_lora_config", "mhc_param_groups", "shard_widened_model", "split_into_stages"]
