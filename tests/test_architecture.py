@@ -23,8 +23,9 @@ ORDER = [
     "modeling.modeling_mhc",
     "modeling",
     "conversion",
-    "training",
     "plotting",
+    "inspection",
+    "training",
     "cli",
     "",
 ]
