@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from mhc_hf import MHCForCausalLM, MHCModel
-from mhc_hf.modeling.families import supported_families
 
 from ..conftest import tiny_model
 
 STARTS_BY_MULT = [(2, "copies"), (3, "orthogonal"), (3, "copies"), (4, "orthogonal"), (4, "copies"), (8, "orthogonal")]
 
 
-@pytest.fixture(scope="module", params=supported_families())
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3"])
 def base(request):
     return tiny_model(request.param)
 
@@ -56,6 +55,15 @@ def test_a_step_with_cache_equals_the_whole_sequence(llama, token_ids):
     assert distance(stepped, whole[:, 40:]) <= 1e-5
     # the cache never hears of n
     assert cache.layers[0].keys.shape == (2, 2, 63, 10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+def test_copies_of_one_stream_compute_the_base_to_the_bit(base, token_ids, n, dtype):
+    low = copy.deepcopy(base).to(dtype)
+    widened = MHCForCausalLM.from_base(low, hc_mult=n, start="copies")
+    assert torch.equal(widened(token_ids).logits, low(token_ids).logits)
 
 
 @torch.no_grad()

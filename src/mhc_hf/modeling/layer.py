@@ -95,5 +95,7 @@ def widen_streams(hidden_states: Tensor, hc_mult: int) -> Tensor:
 
 def collapse_streams(streams: Tensor, hc_mult: int) -> Tensor:
     """The mean of the streams, at least in float32 and rounded once. [B, S, n*C] -> [B, S, C]"""
-    x = streams.unflatten(-1, (hc_mult, -1))  # [B, S, n, C]
-    return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(streams.dtype)
+    x = streams.unflatten(-1, (hc_mult, -1)).to(torch.promote_types(streams.dtype, torch.float32))  # [B, S, n, C]
+    first = x[..., 0, :]
+    # from the first stream on: the mean of copies is then the copy, to the bit, for every n
+    return (first + (x - first.unsqueeze(-2)).mean(-2)).to(streams.dtype)
