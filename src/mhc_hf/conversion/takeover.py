@@ -1,8 +1,8 @@
 """Base weights brought into a new folder without reading them: cloned, linked, or copied inside the kernel.
 
 Links are a trap: safetensors up to 0.7 truncates the file that it writes, so saving through a hard link would write
-into the base and into the Hub's cache. Here a linked file carries a name that no writer uses: `save_pretrained`, Trainer,
-Accelerate, PEFT and DeepSpeed write and clean up `model*`, `pytorch_model*`, `adapter*`, `optimizer*`, never `base-*`.
+into the base and into the Hub's cache. Here a linked file carries a name that no writer uses: `save_pretrained`,
+Trainer, Accelerate and PEFT write and clean up `model*`, `pytorch_model*`, `adapter*`, `optimizer*`, never `base-*`.
 """
 
 from __future__ import annotations

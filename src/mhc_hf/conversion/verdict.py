@@ -26,7 +26,7 @@ class VerificationReport:
         asleep: sites whose streams cannot separate, with the reason.
         sites: number of sites.
         changed: base tensors that are missing from the conversion or differ in a bit.
-        stray_keys: keys that the converted checkpoint lacks, or that its model does not know and the base's does.
+        stray_keys: keys missing from the converted checkpoint, or unexpected in it, that were not so in the base.
         same_tokenizer: whether both tokenizers give the same ids; None where there is none.
     """
 

@@ -89,7 +89,9 @@ def verify_conversion(
         asleep=reasons,
         sites=len(sites),
         changed=changed_tensors(base_weights, target_weights, cast),
-        stray_keys=sorted((info["missing_keys"] | info["unexpected_keys"]) - base_info["unexpected_keys"]),
+        stray_keys=sorted(
+            key for kind in ("missing_keys", "unexpected_keys") for key in info[kind] if key not in base_info[kind]
+        ),
         same_tokenizer=None if tokenizer is None else _same_ids(tokenizer, load_tokenizer(target)),
     )
 
