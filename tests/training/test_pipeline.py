@@ -48,7 +48,7 @@ def test_stages_in_turn_give_the_models_logits_to_the_bit(family, token_ids):
         with pytest.raises(ValueError, match="FSDP2 or tensor parallelism"):
             split_into_stages(widened, 2)
     else:
-        for num_stages in (1, 2, 3):
+        for num_stages in (1, 3):
             assert torch.equal(run_in_turn(split_into_stages(widened, num_stages), tokens, attention_mask=mask), whole)
 
 
