@@ -11,8 +11,8 @@ from transformers import Trainer
 
 from mhc_hf import MHCForCausalLM
 from mhc_hf.inspection import InspectionError, measure_streams
+from mhc_hf.inspection.problems import find_problems
 from mhc_hf.training import StreamMonitorCallback, mhc_lora_config
-from mhc_hf.training.monitor import find_problems
 
 from ..inspection.conftest import set_maps, sites
 from .conftest import Rows, training_arguments
