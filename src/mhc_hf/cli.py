@@ -22,9 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(arguments)
     except (ValueError, OSError) as error:
         from .conversion import ConversionError
+        from .inspection import InspectionError
 
         # any other ValueError is a defect of ours, and its traceback is wanted
-        if not isinstance(error, ConversionError | OSError):
+        if not isinstance(error, ConversionError | InspectionError | OSError):
             raise
         print(f"mhc-hf {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mhc-hf", description="Manifold-Constrained Hyper-Connections for Hugging Face transformers."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (add_convert, add_verify, add_doctor):
+    for add in (add_convert, add_verify, add_inspect, add_doctor):
         add(commands)
     return parser
 
@@ -95,6 +96,24 @@ def verify(arguments: argparse.Namespace) -> int:
     report = verify_conversion(arguments.source, arguments.converted, text=text, dtype=arguments.dtype)
     print(report)
     return 0 if report else 1
+
+
+def add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("inspect", help="show what a model's streams and maps do with a text")
+    parser.set_defaults(run=inspect)
+    parser.add_argument("model", metavar="FOLDER", help="a widened model, or a deepseek_v4 or glm5_next one; or a Hub id")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="text whose beginning is read")
+    parser.add_argument("--out", type=Path, required=True, metavar="REPORT", help="folder to be made; see index.html in it")
+    parser.add_argument("--base", metavar="BASE", help="the model before it was widened, to show the difference")
+    parser.add_argument("--max-tokens", type=int, default=512, metavar="T", help="how much is read (default 512)")
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    from .inspection import inspect_streams
+
+    text = arguments.text.read_text(encoding="utf-8", errors="replace")
+    print(inspect_streams(arguments.model, text, arguments.out, base=arguments.base, max_tokens=arguments.max_tokens))
+    return 0
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:
