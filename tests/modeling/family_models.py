@@ -97,7 +97,13 @@ VARIANTS: dict[str, list[dict]] = {
             layer_types=["indexed_attention", "sliding_attention", "indexed_attention"],
             sliding_window=WINDOW,
             shared_experts_intermediate_size=20,
-            per_layer_config={},
+            swa_num_attention_heads=3,
+            swa_num_key_value_heads=3,
+            swa_q_lora_rank=14,
+            swa_kv_lora_rank=12,
+            swa_head_dim=10,
+            swa_qk_nope_head_dim=6,
+            swa_v_head_dim=8,
         )
     ],
     "ernie4_5_moe": [
@@ -261,7 +267,7 @@ VARIANTS: dict[str, list[dict]] = {
             }
         )
     ],
-    "mimo_v2_flash": [routed("n_routed_experts", v_head_dim=8) | SPARSE | FULL_AND_SLIDING],
+    "mimo_v2_flash": [routed("n_routed_experts", num_key_value_heads=3, v_head_dim=8) | SPARSE | FULL_AND_SLIDING],
     "minicpm3": [MLA],
     "minimax_m2": [dict(num_local_experts=6, num_experts_per_tok=2)],
     "minimax_m3_vl_text": [
@@ -312,6 +318,7 @@ VARIANTS: dict[str, list[dict]] = {
     "qwen3_moe": [routed("num_local_experts", mlp_only_layers=[0])],
     "qwen3_next": [DELTA_NET | routed(shared_expert_intermediate_size=20, mlp_only_layers=[0])],
     "recurrent_gemma": [dict(attention_window_size=WINDOW, lru_width=60, block_types=["recurrent", "attention"])],
+    "seed_oss": [dict(attention_dropout=0.0, residual_dropout=0.0)],
     "solar_open": [routed("n_routed_experts")],
     "stablelm": [
         NO_DROPOUT | dict(use_parallel_residual=True, qk_layernorm=True),
@@ -319,7 +326,9 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "starcoder2": [NO_DROPOUT | dict(sliding_window=WINDOW, residual_dropout=0.0, embedding_dropout=0.0)],
     "vaultgemma": [FULL_AND_SLIDING],
-    "xglm": [dict(d_model=60, ffn_dim=84, num_layers=3, attention_heads=6, dropout=0.0, num_hidden_layers=None)],
+    "xglm": [dict(d_model=60, ffn_dim=84, num_layers=3, attention_heads=6, num_hidden_layers=None)
+        | dict(dropout=0.0, attention_dropout=0.0)
+    ],
     "youtu": [MLA],
 }
 

@@ -70,6 +70,9 @@ class MHCConfig(PreTrainedConfig):
                 f"The start {self.hc_start!r} takes {start.alpha}."
             )
         super().__post_init__(**kwargs)
+        # JSON takes the class's, "mhc". The instance names its family: under this, transformers looks up how weights
+        # on disk become parameters, once for a model and the decoder in it
+        vars(self)["model_type"] = conversion_name(self.base_model_type)
 
     @classmethod
     def from_base(cls, config: PreTrainedConfig, **hc: Any) -> "MHCConfig":
@@ -153,6 +156,11 @@ def config_class_for(base_model_type: str) -> type[MHCConfig]:
     for registered in on_new_family:
         registered(family)
     return family
+
+
+def conversion_name(base_model_type: str | None) -> str:
+    """What a family's conversions of weights are registered as: "mixtral" -> "mhc_mixtral"."""
+    return MHCConfig.model_type if base_model_type is None else f"{MHCConfig.model_type}_{base_model_type}"
 
 
 def family_class_name(base_model_type: str) -> str:

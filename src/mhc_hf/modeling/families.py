@@ -5,6 +5,7 @@ heads and parallel plans, with hyper-connections put in as the last step of cons
 transformers about a class from outside is said here.
 """
 
+import sys
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from transformers.modeling_layers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
-from .configuration_mhc import MHCConfig, config_class_for, on_from_base
+from .configuration_mhc import MHCConfig, config_class_for, conversion_name, on_from_base
 from .layer import MHCDecoderLayer
 from .sublayers import FAMILIES, REFUSED, SITE_NAMES, Family
 
@@ -45,6 +46,7 @@ HEADS = {
 class Mixins:
     """The classes of `modeling_mhc` that every family's classes derive from, by the Auto class that returns them."""
 
+    pretrained: type[PreTrainedModel]
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
     heads: dict[Any, type[PreTrainedModel]]
@@ -101,10 +103,9 @@ def widen_layers(model: PreTrainedModel) -> None:
     """Replace the decoder layers of a family's base model by `MHCDecoderLayer`s that adopt them, in place.
 
     Raises:
-        ValueError: the configuration does not fit, or the installed transformers has changed the family's layer.
+        ValueError: the installed transformers has changed the family's layer.
     """
     config: Any = model.config
-    check_fits(config)
     family = family_of(config.base_model_type)
     layers: Any = layers_of(model)
     site, last = 0, len(layers) - 1
@@ -112,14 +113,11 @@ def widen_layers(model: PreTrainedModel) -> None:
         form = family.form(config, index)
         layers[index] = MHCDecoderLayer(layer, config, form, site, widens=index == 0, collapses=index == last)
         site += len(form.sites)
-    _capture_in_inner_model(model, family)
-
-
-def _capture_in_inner_model(model: PreTrainedModel, family: Family) -> None:
-    """Where the layers sit in a model within the model, its outputs are captured under a class that is not ours."""
-    inner = model.get_submodule(family.layers.rpartition(".")[0])
-    if inner is not model and isinstance(inner, PreTrainedModel):
-        _CAN_RECORD_REGISTRY[inner] = _recorded_outputs(type(inner), beside_the_bases=True)
+    if family.inner is not None:
+        # the layers' owner makes the parameters of its own sub-modules, and captures outputs, by its own class
+        inner: Any = model.get_submodule(family.layers.rpartition(".")[0])
+        inner.__class__ = globals()[f"MHC{family.inner}"]
+        _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
 
 
 def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
@@ -129,7 +127,7 @@ def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
         ValueError: the family is not supported.
     """
     base_model_type: Any = config_class.base_model_type
-    family_of(base_model_type)
+    family = family_of(base_model_type)
     base_config = config_class.__bases__[0]
     base_model: Any = MODEL_MAPPING[base_config]
     base_causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
@@ -146,16 +144,19 @@ def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
     )
     AutoModelForCausalLM.register(config_class, causal_lm)
 
+    if family.inner is not None:
+        inner = getattr(sys.modules[base_model.__module__], family.inner)
+        _make_class(f"MHC{family.inner}", (mixins.pretrained, inner), config_class, inner, base_model)
+
     pretrained = next(base for base in base_model.__mro__ if base.__name__.endswith("PreTrainedModel"))
     for auto_class, generic in HEADS.items():
         name = stem + generic.__name__.removeprefix("Generic")
         head = _make_class(name, (mixins.heads[auto_class], generic, pretrained), config_class, pretrained, base_model)
         auto_class.register(config_class, head)
 
-    # transformers skips the weight conversions of classes from outside unless they are registered by name
+    # under the names that transformers will look for, what it has under those of the base
     for base_name, name in [
-        (base_model_type, model.__name__),
-        (base_model_type, causal_lm.__name__),
+        (base_model_type, conversion_name(base_model_type)),
         (base_model.__name__, model.__name__),
         (base_causal_lm.__name__, causal_lm.__name__),
     ]:
@@ -184,20 +185,16 @@ def _make_class(
     return made
 
 
-def _recorded_outputs(base: Any, *, beside_the_bases: bool = False) -> dict[str, Any]:
+def _recorded_outputs(base: Any) -> dict[str, Any]:
     """What `base` declares that outputs are captured from, with our decoder layer in place of the family's."""
     recorded = dict(getattr(base, "_can_record_outputs", None) or {})
-    if "hidden_states" not in recorded:
-        return recorded
-    declared = recorded["hidden_states"]
-    declared = list(declared) if isinstance(declared, list | tuple) else [declared]
-    first = declared[0]
-    ours = (
-        OutputRecorder(**(vars(first) | {"target_class": MHCDecoderLayer}))
-        if isinstance(first, OutputRecorder)
-        else MHCDecoderLayer
-    )
-    recorded["hidden_states"] = [*(d for d in declared if d != ours), ours] if beside_the_bases else ours
+    if "hidden_states" in recorded:
+        recorder = recorded["hidden_states"]
+        recorded["hidden_states"] = (
+            OutputRecorder(**(vars(recorder) | {"target_class": MHCDecoderLayer}))
+            if isinstance(recorder, OutputRecorder)
+            else MHCDecoderLayer
+        )
     return recorded
 
 
@@ -206,7 +203,7 @@ def __getattr__(name: str) -> type:
     for base_model_type in supported_families():
         # by the name of the configuration's class: to look at the class itself would import every family
         stem = f"MHC{CONFIG_MAPPING_NAMES[base_model_type].removesuffix('Config')}"
-        if name.startswith((f"{stem}Model", f"{stem}For")):
+        if name.startswith((f"{stem}Model", f"{stem}For", f"{stem}Decoder")):
             config_class_for(base_model_type)
             if name in globals():
                 return globals()[name]

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_mhc import MHCConfig, on_new_family
-from .families import Mixins, layers_of, register_family, widen_layers
+from .families import Mixins, check_fits, layers_of, register_family, widen_layers
 from .hyper_connection import HyperConnection
 from .layer import MHCDecoderLayer
 from .starts import default_start
@@ -40,6 +40,9 @@ class MHCPreTrainedModel(PreTrainedModel):
     _auto_class_of_kind: Any = None
 
     def __new__(cls, config: MHCConfig | None = None, *args: Any, **kwargs: Any) -> Any:
+        # a configuration that does not fit is refused before the family builds a layer of it; copies come without one
+        if isinstance(config, MHCConfig):
+            check_fits(config)
         return super().__new__(cls._family_class(config) if cls._is_common_base() else cls)
 
     @classmethod
@@ -69,6 +72,12 @@ class MHCPreTrainedModel(PreTrainedModel):
         if _loads_a_base.get():
             by_design = {rf"\.{site}\." for site in SITE_NAMES}
             self._keys_to_ignore_on_load_missing = set(self._keys_to_ignore_on_load_missing or ()) | by_design
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # of custom code transformers supposes that it overwrites loaded weights, and leaves out initialisations that
+        # a family needs, such as Falcon-H1's multipliers, which no checkpoint holds
+        return False
 
     @classmethod
     def _is_common_base(cls) -> bool:
@@ -223,6 +232,7 @@ on_new_family.append(
     partial(
         register_family,
         mixins=Mixins(
+            MHCPreTrainedModel,
             MHCModel,
             MHCForCausalLM,
             {

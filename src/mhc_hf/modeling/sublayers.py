@@ -177,12 +177,14 @@ class Family:
         forms: all the forms that its layers may have.
         choose: which of them a layer has; None where there is one.
         layers: where the base model keeps its layers.
+        inner: class of the model within the base model that keeps them, where there is one.
         refuse: (attribute of the configuration, the values that fit, what the others mean).
     """
 
     forms: tuple[Form, ...]
     choose: Rule | None = None
     layers: str = "layers"
+    inner: str | None = None
     refuse: tuple[tuple[str, tuple[Any, ...], str], ...] = field(default=())
 
     def form(self, config: Any, index: int) -> Form:
@@ -531,7 +533,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neo": Family((GPT_NEO,), layers="h"),
     **rows(PHI3, "phi3"),
     **rows(PERSIMMON, "persimmon"),
-    "opt": Family((OPT,), layers="decoder.layers", refuse=(NORMS_THE_STREAM, DROPS_LAYERS)),
+    "opt": Family((OPT,), layers="decoder.layers", inner="OPTDecoder", refuse=(NORMS_THE_STREAM, DROPS_LAYERS)),
     "xglm": Family((XGLM,), refuse=(ATTENDS_TO_AN_ENCODER, DROPS_LAYERS)),
     "biogpt": Family((XGLM,), refuse=(DROPS_LAYERS,)),
     **rows(COHERE, "cohere", "cohere2", "cohere2_moe", "cohere_compass_text"),
