@@ -101,9 +101,13 @@ def verify(arguments: argparse.Namespace) -> int:
 def add_inspect(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("inspect", help="show what a model's streams and maps do with a text")
     parser.set_defaults(run=inspect)
-    parser.add_argument("model", metavar="FOLDER", help="a widened model, or a deepseek_v4 or glm5_next one; or a Hub id")
+    parser.add_argument(
+        "model", metavar="FOLDER", help="a widened model, or a deepseek_v4 or glm5_next one; or a Hub id"
+    )
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="text whose beginning is read")
-    parser.add_argument("--out", type=Path, required=True, metavar="REPORT", help="folder to be made; see index.html in it")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="REPORT", help="folder to be made; see index.html in it"
+    )
     parser.add_argument("--base", metavar="BASE", help="the model before it was widened, to show the difference")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="T", help="how much is read (default 512)")
 
