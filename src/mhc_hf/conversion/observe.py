@@ -46,13 +46,15 @@ def observe(model: nn.Module, probe: Probe, follow: Observation | None = None) -
 
 
 def _continue(model: nn.Module, prompt: Tensor, new_tokens: int, forced: Tensor | None) -> Tensor:
-    rows, cache, ids = [], None, prompt[None]
+    rows, cache, cached, ids = [], None, True, prompt[None]
     for step in range(new_tokens):
-        out = model(ids, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(ids, past_key_values=cache, use_cache=True) if cached else model(ids, use_cache=False)
         rows.append(_cpu(out.logits[0, -1]))
-        token = rows[-1].argmax() if forced is None else forced[step]
-        ids = token.to(prompt.device).view(1, 1)
+        token = (rows[-1].argmax() if forced is None else forced[step]).to(prompt.device).view(1, 1)
+        # a few families keep no cache that can be handed on (recurrent_gemma): they read everything again
+        cache = out.get("past_key_values")
+        cached = cache is not None
+        ids = token if cached else torch.cat([ids, token], -1)
     return torch.stack(rows)
 
 
