@@ -220,7 +220,7 @@ def _are_copies(x: Tensor) -> bool:
 
 
 def _sum_weights(weights: Tensor, dim: int) -> Tensor:
-    """Sum over one dimension; exactly 1 where it is 1 to rounding, as the rows of H_res and a conversion's reads are."""
+    """Sum over one dimension; exactly 1 where it is so to rounding, as rows of H_res and a conversion's reads are."""
     total = weights.sum(dim)
     # n <= 8 addends below 1, each rounded once, and their sum
     return torch.where((total - 1).abs() <= 8 * torch.finfo(total.dtype).eps, 1.0, total)

@@ -26,7 +26,7 @@ def project_doubly_stochastic(logits: Tensor, num_iters: int) -> Tensor:
     return h_res
 
 
-def backpropagate_projection(grad: Tensor, logits: Tensor, num_iters: int) -> tuple[Tensor]:
+def backpropagate_projection(grad: Tensor, logits: Tensor, num_iters: int) -> Tensor:
     """`ops/sinkhorn.py` says what; the result itself is not returned again."""
     n, _, num_tokens = logits.shape
     d_logits = torch.empty_like(logits)
@@ -41,7 +41,7 @@ def backpropagate_projection(grad: Tensor, logits: Tensor, num_iters: int) -> tu
     }
     grid = (cdiv(num_tokens, tiles["BT"]),)
     run_kernel(sinkhorn.sinkhorn_bwd_kernel, grid, arguments, {"N": n} | tiles)
-    return (d_logits,)
+    return d_logits
 
 
 def coefficients(

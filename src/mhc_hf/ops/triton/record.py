@@ -38,12 +38,14 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 def run_kernel(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any]) -> None:
-    """Launch on the device of the first tensor; an empty grid launches nothing."""
+    """Launch on the device of the first tensor; an empty grid launches nothing, and neither do meta tensors."""
     if _recorded is not None:
         _recorded.append(Launch(kernel.__name__, grid, arguments | constants))
     if 0 in grid:
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    if device.type == "meta":
+        return
     with nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
         kernel[grid](**arguments, **constants)
 

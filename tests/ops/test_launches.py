@@ -1,0 +1,59 @@
+"""The kernels as launched: traffic against docs/kernels.md, and real compilations for devices that are not here."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from . import launches
+
+DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
+# op -> rows of C a token as a function of n
+_TABLE_ROW = re.compile(r"^\| `([a-z_ ]+)` \|.*\| (\d*)n(?: ?\+ ?(\d+))? \|$", re.MULTILINE)
+
+
+def _documented_rows(n):
+    return {
+        name: int(factor or 1) * n + int(constant or 0)
+        for name, factor, constant in _TABLE_ROW.findall(DOCS.read_text())
+    }
+
+
+@pytest.mark.parametrize("n", [2, 4, 7])
+def test_every_op_moves_the_rows_that_the_documentation_says(n):
+    counted = {name: rows for name, rows in launches.count_op_rows(n).items() if rows}
+    assert counted == _documented_rows(n)
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+def test_a_layer_of_two_sites_moves_7n_plus_4_rows_forward_and_12n_plus_8_backward(n):
+    rows = launches.count_op_rows(n)
+    assert rows["read"] + rows["write_read"] + rows["write"] <= 7 * n + 4
+    assert 2 * (rows["read backward"] + rows["write backward"]) <= 12 * n + 8
+
+
+def test_sizes_share_their_compilations():
+    first, *others = (launches.list_compilations("sm_90", c, torch.bfloat16) for c in (1024, 2048, 4096, 8192))
+    assert all(other == first for other in others)
+
+
+def test_another_sequence_length_compiles_nothing():
+    def describe_all(num_tokens):
+        ops = launches.record_ops(4, 4096, torch.bfloat16, num_tokens).values()
+        return [launches.describe(one) for recorded in ops for one in recorded]
+
+    assert describe_all(1) == describe_all(17) == describe_all(8192)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("target", launches.TARGETS)
+def test_every_kernel_compiles_for_the_target(target):
+    # one size stands for all: test_sizes_share_their_compilations
+    for described in launches.list_compilations(target, 4096, torch.bfloat16):
+        resources = launches.read_resources(launches.compile_launch(described, target))
+        if target == "sm_90":
+            assert resources["spilled"] == 0, described[0]
