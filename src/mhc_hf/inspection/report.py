@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import plotting
+from ..plotting import (
+    plot_difference,
+    plot_distances,
+    plot_gains,
+    plot_matrices,
+    plot_reads_and_writes,
+    plot_similarity,
+    plot_token_movement,
+    save_figure,
+    shorten_site,
+)
 from .findings import Difference, Findings, compare, examine
 from .page import Figure, write_page
 from .sites import InspectionError, require_sites
@@ -94,7 +104,7 @@ def inspect_streams(
 
     folder.mkdir(parents=True, exist_ok=True)
     for figure, drawn in figures:
-        plotting.save_figure(drawn, folder / figure.file)
+        save_figure(drawn, folder / figure.file)
     _write_table(folder / TABLE, findings)
     _write_tokens(folder / TOKENS, findings)
     (folder / NUMBERS).write_text(json.dumps(_collect_numbers(findings, difference), indent=1), encoding="utf-8")
@@ -108,7 +118,7 @@ def draw_figures(findings: Findings, difference: Difference | None) -> list[tupl
     """Every figure of the page with its caption, in order."""
     measurement = findings.measurement
     sites, table = measurement.sites, measurement.table
-    short = [plotting.shorten_site(site) for site in sites]
+    short = [shorten_site(site) for site in sites]
     count = min(len(sites), _MAX_COMPOSITES)
     depths = sorted({round(k * (len(sites) - 1) / max(1, count - 1)) for k in range(count)})
     drawn = [
@@ -120,7 +130,7 @@ def draw_figures(findings: Findings, difference: Difference | None) -> list[tupl
                 "the largest column sum (backward, what a gradient meets), token means. A composite is the product of "
                 "all maps from the first site to this one (forward), or from the last back to this one (backward).",
             ),
-            plotting.plot_gains(sites, table),
+            plot_gains(sites, table),
         ),
         (
             Figure(
@@ -129,7 +139,7 @@ def draw_figures(findings: Findings, difference: Difference | None) -> list[tupl
                 "Mean over tokens. Row i, column j: what stream i takes from "
                 "stream j. A bright diagonal keeps streams apart; an even square mixes them all.",
             ),
-            plotting.plot_matrices(dict(zip(short, findings.h_res, strict=True)), "H_res by site, mean over tokens"),
+            plot_matrices(dict(zip(short, findings.h_res, strict=True)), "H_res by site, mean over tokens"),
         ),
         (
             Figure(
@@ -138,9 +148,7 @@ def draw_figures(findings: Findings, difference: Difference | None) -> list[tupl
                 "The product of all H_res from the first site to the one "
                 "named, mean over tokens: how much of the first streams is left in each.",
             ),
-            plotting.plot_matrices(
-                {f"to {short[k]}": findings.composites[k] for k in depths}, "H_k ... H_1, mean over tokens"
-            ),
+            plot_matrices({f"to {short[k]}": findings.composites[k] for k in depths}, "H_k ... H_1, mean over tokens"),
         ),
         (
             Figure(
@@ -149,7 +157,7 @@ def draw_figures(findings: Findings, difference: Difference | None) -> list[tupl
                 "What each stream contributes to a site's branch (H_pre) "
                 "and receives from it (H_post). The standard deviation says how much that depends on the token.",
             ),
-            plotting.plot_reads_and_writes(sites, findings.h_pre, findings.h_post),
+            plot_reads_and_writes(sites, findings.h_pre, findings.h_post),
         ),
         (
             Figure(
@@ -157,7 +165,7 @@ def draw_figures(findings: Findings, difference: Difference | None) -> list[tupl
                 "Similarity of the streams",
                 "At the entrance of each site. Copies have spread 0, cosine 1 and count as one stream.",
             ),
-            plotting.plot_similarity(sites, table, findings.stream_rms),
+            plot_similarity(sites, table, findings.stream_rms),
         ),
         (
             Figure(
@@ -166,13 +174,13 @@ def draw_figures(findings: Findings, difference: Difference | None) -> list[tupl
                 "Distance from the identity (Frobenius); the largest breach "
                 "of what makes a matrix doubly stochastic; liveness, 0 where saturated; gating factors.",
             ),
-            plotting.plot_distances(sites, table),
+            plot_distances(sites, table),
         ),
         (
             Figure(
                 "tokens.png", "Tokens that move the maps", "Norm of a token's three maps less the mean over the text."
             ),
-            plotting.plot_token_movement(sites, findings.moved),
+            plot_token_movement(sites, findings.moved),
         ),
     ]
     if difference is not None:
@@ -184,7 +192,7 @@ def draw_figures(findings: Findings, difference: Difference | None) -> list[tupl
                     "The mean over streams against the base's hidden "
                     "state after each layer, and the loss of each token under both.",
                 ),
-                plotting.plot_difference(difference.hidden, difference.base_losses, difference.losses),
+                plot_difference(difference.hidden, difference.base_losses, difference.losses),
             )
         )
     return drawn
