@@ -2,8 +2,8 @@
 
 import os
 
-# before torch: the tests are many small operations, which more threads than cores only slow down
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# before torch: the tests are many small operations, which a second thread only slows down
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

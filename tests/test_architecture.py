@@ -16,6 +16,7 @@ ORDER = [
     "ops",
     "modeling.starts",
     "modeling.configuration_mhc",
+    "modeling.recompute",
     "modeling.hyper_connection",
     "modeling.sublayers",
     "modeling.layer",

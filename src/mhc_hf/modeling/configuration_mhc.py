@@ -33,6 +33,8 @@ class MHCConfig(PreTrainedConfig):
         hc_alpha_init: gating factor of the dynamic maps at the start; None takes the start's own: 0.01 for "paper",
             1 for a conversion.
         hc_norm_eps: added to the mean square before its root is taken.
+        hc_recompute: in training keep one set of streams a block of layers and make the others again in backward.
+        hc_recompute_layers: layers a block, >= 1; None takes sqrt(n L / (n + 2)) (Eq. 20).
     Raises:
         ValueError: a field is out of range, or the base family is not supported.
     """
@@ -45,6 +47,8 @@ class MHCConfig(PreTrainedConfig):
     hc_start: str = "paper"
     hc_alpha_init: float | None = None
     hc_norm_eps: float = 1e-6
+    hc_recompute: bool = False
+    hc_recompute_layers: int | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "MHCConfig":
         if cls is MHCConfig and kwargs.get("base_model_type") is not None:
@@ -54,6 +58,8 @@ class MHCConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         _check_int("hc_mult", self.hc_mult, 2, "For a plain residual model load the base checkpoint")
         _check_int("hc_sinkhorn_iters", self.hc_sinkhorn_iters, 1, "The paper takes 20")
+        if self.hc_recompute_layers is not None:
+            _check_int("hc_recompute_layers", self.hc_recompute_layers, 1, "None takes the paper's own")
         if self.hc_start not in STARTS:
             raise ValueError(f"`hc_start` must be one of {', '.join(map(repr, STARTS))}, got {self.hc_start!r}.")
         start = STARTS[self.hc_start]

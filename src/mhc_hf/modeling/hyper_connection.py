@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..ops import mhc_coefficients, mhc_post_res, mhc_pre_branch
+from ..ops import mhc_coefficients
+from ..ops.functional import SiteRead, site_read, site_write
 from .configuration_mhc import MHCConfig
+from .recompute import can_recompute, default_block_layers, find_block, hand_on
 from .starts import STARTS, bias_of
 
 
@@ -40,6 +42,10 @@ class HyperConnection(nn.Module):
         self.start = config.hc_start
         self.alpha_init: Any = config.hc_alpha_init
         self.phi_std = getattr(config, "initializer_range", 0.02)
+        self.recompute = config.hc_recompute
+        layers = config.hc_recompute_layers or default_block_layers(self.hc_mult, config.num_hidden_layers)
+        # two sites a layer, in the families that have most of them
+        self.sites_per_block = 2 * layers
         num_logits = (self.hc_mult + 2) * self.hc_mult
         self.phi = nn.Parameter(torch.empty(num_logits, self.hc_mult * self.hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(num_logits, dtype=torch.float32))
@@ -55,12 +61,22 @@ class HyperConnection(nn.Module):
             [B, S, n*C] in the dtype of `streams`.
         """
         x = self._split(streams)  # [B, S, n, C]
-        branch_in, h_post, h_res = mhc_pre_branch(
-            x, self.phi, self.bias, self.alpha, num_iters=self.num_iters, norm_eps=self.norm_eps
-        )
+        if not (self.recompute and self.training and can_recompute()):
+            site = self._read(x)
+            return site_write(x, self._run(branch, site), site).flatten(-2)
+        block = find_block(streams, x, self.sites_per_block)
+        with block.keeping_out(x):
+            site = self._read(x)
+        branch_out = self._run(branch, site)
+        block.record(branch_out, site)
+        return hand_on(block, site_write(x, branch_out, site).flatten(-2))
+
+    def _read(self, x: Tensor) -> SiteRead:
+        return site_read(x, self.phi, self.bias, self.alpha, num_iters=self.num_iters, norm_eps=self.norm_eps)
+
+    def _run(self, branch: Callable[[Tensor], Tensor], site: SiteRead) -> Tensor:
         # under autocast a branch may answer in a lower dtype than the streams have
-        branch_out = branch(branch_in).to(x.dtype)
-        return mhc_post_res(x, branch_out, h_post, h_res).flatten(-2)
+        return branch(site.branch_in).to(site.branch_in.dtype)
 
     def maps(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """H_pre [B, S, n], H_post [B, S, n] and H_res [B, S, n, n] at `streams` [B, S, n*C], to look at."""
