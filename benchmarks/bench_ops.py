@@ -2,8 +2,8 @@
 
     python benchmarks/bench_ops.py [--tokens 1024 ...] [--channels 512 ...] [--streams 4] [--dtype float32 bfloat16]
 
-    python benchmarks/bench_ops.py [--tokens 1024 ...] [--channels 512 ...] [--streams 4] [--dtype float32 ...]
-turn, round after round, so that whatever else the machine does falls on all alike. Medians and quartiles; on a GPU also
+In one process: correctness first, against float64, and no number for what is wrong; then every contender in turn, round
+after round, so that whatever else the machine does falls on all alike. Medians and quartiles; on a GPU also
 bytes a second as a fraction of a copy measured in the same run. Prints a table and writes JSON to benchmarks/results/.
 Contenders are transformers' DeepseekV4HyperConnection with its layer's mix, that compiled, and ours by backend, eager
 and compiled. Shapes: T tokens, n streams, C channels.
