@@ -152,7 +152,11 @@ def main() -> None:
     for target in targets:
         for described in list_compilations(target, 4096, dtype):
             name, _, constants, _ = described
-            flags = [key.lower() for key in ("COLLAPSE", "DOTS", "BRANCH", "MIX", "TRANSPOSED", "HAS_RES_DOTS", "HAS_H_RES") if constants.get(key)]
+            flags = [
+                key.lower()
+                for key in ("COLLAPSE", "DOTS", "BRANCH", "MIX", "TRANSPOSED", "HAS_RES_DOTS", "HAS_H_RES")
+                if constants.get(key)
+            ]
             tiles = "x".join(str(constants[key]) for key in ("BT", "BC", "BK") if key in constants)
             key = f"`{name.removesuffix('_kernel')}` {' '.join(flags)} | {tiles}, {constants['num_warps']} warps"
             found = read_resources(compile_launch(described, target))
