@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from mhc_hf.training import last_complete_checkpoint
 from ..conftest import tiny_model
 from .conftest import Rows, training_arguments
 from .killed import NUM_KILLS, NUM_STEPS
+from .launching import run_python
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +62,7 @@ def test_a_run_killed_five_times_is_the_run_that_was_not_to_the_bit(tmp_path):
     # dropout, so that the state of the random numbers has to be restored too
     model = MHCForCausalLM.from_base(tiny_model("llama", attention_dropout=0.1))
     model.save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "tests.training.killed", str(tmp_path / "model"), str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-m", "tests.training.killed", tmp_path / "model", tmp_path)
     deaths = json.loads((tmp_path / "deaths.json").read_text())
     assert deaths["statuses"] == [signal.SIGKILL] * NUM_KILLS + [0]
     # the newest folder was half a checkpoint, which transformers' own choice would have taken

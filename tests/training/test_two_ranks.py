@@ -1,9 +1,6 @@
 """Every engine on two real processes finds the loss and the gradients that one process finds."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from mhc_hf import MHCForCausalLM
 
 from ..conftest import VOCAB_SIZE, tiny_model
+from .launching import run_python
 from .two_ranks import ENGINES, LEARNING_RATE
 
 pytestmark = pytest.mark.slow
@@ -21,15 +19,6 @@ MULTS = [3, 4]
 # float64 models, so that reordered sums agree to 1e-13; what remains is the float32 of mHC gradients, 6e-8 for each of
 # the few that are added up
 TOLERANCE = 1e-6
-
-
-def torchrun(script, *arguments):
-    """Run `script` on two processes that talk over the loopback device."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(script), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +36,7 @@ def runs(tmp_path_factory):
         model.save_pretrained(folder / str(n) / "start")
         tokens = torch.randint(2, VOCAB_SIZE, (8, 17), generator=generator)
         (folder / str(n) / "start" / "tokens.json").write_text(json.dumps(tokens.tolist()))
-    torchrun(Path(__file__).with_name("two_ranks.py"), folder)
+    run_python(Path(__file__).with_name("two_ranks.py"), folder, ranks=2)
     return folder
 
 
