@@ -3,6 +3,8 @@
 import copy
 import logging
 import math
+import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from peft import get_peft_model
 from transformers import Trainer
 
 from mhc_hf import MHCForCausalLM
-from mhc_hf.inspection import InspectionError, measure_streams
+from mhc_hf.inspection import InspectionError, measure_streams, record_streams
+from mhc_hf.inspection.measure import measure_gradients, summarize
 from mhc_hf.inspection.problems import find_problems
 from mhc_hf.training import StreamMonitorCallback, mhc_lora_config
 
@@ -154,3 +157,23 @@ def test_mistakes_are_named(llama, tmp_path):
         from mhc_hf.training.monitor import _running_trainer
 
         _running_trainer(StreamMonitorCallback())
+
+
+def test_a_look_costs_less_than_two_steps_which_is_two_percent_at_the_default_interval(widened, token_ids):
+    """CPU time, on one thread: the clock of a shared machine measures the others."""
+    widened.float().train()
+
+    def run_step(look):
+        start = time.process_time()
+        with record_streams(widened, max_sequences=1) if look else nullcontext() as recording:
+            widened(input_ids=token_ids, labels=token_ids).loss.backward()
+        if look:
+            summarize(recording, measure_gradients(widened)).summary()
+        return time.process_time() - start
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    plain, looked = (sorted(run_step(look) for _ in range(9))[4] for look in (False, True))
+    torch.set_num_threads(threads)
+    # a model of toy size, where the many small operations of a look weigh most
+    assert looked - plain < 2 * plain
