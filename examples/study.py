@@ -12,7 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 import mhc_hf
+
+# isort: off  (`demo` is a script beside this one and, once that has run, a folder too)
 from demo import read_texts, train_tokenizer
+# isort: on
 
 
 def read_tokens(text_file: Path | None, context: int, parts: tuple[str, ...]) -> tuple[dict[str, Tensor], int]:

@@ -79,6 +79,19 @@ def test_gradient_checkpointing_does_not_count_twice(widened, tmp_path, reentran
         )
 
 
+def test_recompute_does_not_count_twice(llama, tmp_path):
+    def widen(**hc):
+        return MHCForCausalLM.from_base(copy.deepcopy(llama), hc=hc)
+
+    plain, again = (
+        train(model, tmp_path, StreamMonitorCallback(every=1, per_site=True), max_steps=2)
+        for model in (widen(), widen(hc_recompute=True, hc_recompute_layers=2))
+    )
+    for one, other in zip(plain, again, strict=True):
+        names = [name for name in one if name.startswith("streams/")]
+        assert {k: other[k] for k in names} == pytest.approx({k: one[k] for k in names}, rel=1e-5, abs=1e-7)
+
+
 def test_the_first_micro_batch_of_a_step_is_looked_at(widened, tmp_path):
     entries = train(widened, tmp_path, StreamMonitorCallback(every=1), max_steps=2, gradient_accumulation_steps=3)
     assert [entry["step"] for entry in entries] == [1, 2]
