@@ -41,7 +41,7 @@ DELTA_NET = (
     | FULL_AND_LINEAR
 )
 MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=15, mamba_n_groups=2, mamba_d_state=8, mamba_expand=2, mamba_chunk_size=16)
-INDEXER = dict(index_topk=9, index_head_dim=8, index_n_heads=2, layer_types=["indexed_attention"] * 3)
+INDEXER = dict(index_topk=9, index_head_dim=8, index_n_heads=2)
 GPT2_NAMES = dict(n_embd=60, n_layer=3, n_head=6, n_positions=256, n_inner=84)
 MULTIPLIERS = dict(embedding_multiplier=1.7, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=2.0)
 
@@ -73,7 +73,8 @@ VARIANTS: dict[str, list[dict]] = {
         FULL_AND_SLIDING
         | dict(
             rope_parameters={
-                kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+                kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 1]}
+                for kind in ("full_attention", "sliding_attention")
             }
         )
     ],
@@ -135,7 +136,7 @@ VARIANTS: dict[str, list[dict]] = {
             num_hidden_layers=4,
             layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
             num_kv_shared_layers=2,
-            per_layer_config={},
+            per_layer_config={1: {"head_dim": 20}, 3: {"head_dim": 20}},
         ),
         FULL_AND_SLIDING
         | routed(top="top_k_experts", enable_moe_block=True, hidden_size_per_layer_input=0, per_layer_config={}),
@@ -146,7 +147,7 @@ VARIANTS: dict[str, list[dict]] = {
             num_hidden_layers=4,
             layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
             num_kv_shared_layers=2,
-            per_layer_config={},
+            per_layer_config={1: {"head_dim": 20}, 3: {"head_dim": 20}},
         )
     ],
     "glm4_moe": [routed("n_routed_experts", n_shared_experts=1, first_k_dense_replace=1)],
@@ -326,7 +327,8 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "starcoder2": [NO_DROPOUT | dict(sliding_window=WINDOW, residual_dropout=0.0, embedding_dropout=0.0)],
     "vaultgemma": [FULL_AND_SLIDING],
-    "xglm": [dict(d_model=60, ffn_dim=84, num_layers=3, attention_heads=6, num_hidden_layers=None)
+    "xglm": [
+        dict(d_model=60, ffn_dim=84, num_layers=3, attention_heads=6, num_hidden_layers=None)
         | dict(dropout=0.0, attention_dropout=0.0)
     ],
     "youtu": [MLA],

@@ -114,7 +114,7 @@ def test_aliases_and_names_of_classes(tmp_path):
 
 @pytest.mark.slow
 def test_importing_the_package_imports_no_family():
-    code = "import sys, mhc_hf; print([m for m in sys.modules if m.startswith('transformers.models.llama')])"
+    code = "import sys, mhc_hf; print([m for m in sys.modules if m.startswith('transformers.models.llama.')])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -130,6 +130,17 @@ def test_eager_and_sdpa_attention_agree(models, prompt):
     assert all(distance(x, logits[0]) <= 1e-5 for x in logits)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention_agrees(prompt):
+    # its kernel takes heads of 16 channels and more
+    base = family_model("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    widened = MHCForCausalLM.from_base(base)
+    expected = widened(prompt, use_cache=False).logits
+    widened.set_attn_implementation("flex_attention")
+    assert distance(widened(prompt, use_cache=False).logits, expected) <= 1e-5
+
+
 @families(*FORMS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_changes_no_gradient(models, prompt, use_reentrant):
@@ -243,3 +254,27 @@ def test_a_spawned_process_gets_the_model(models, prompt):
     process.join()
     with torch.no_grad():
         assert distance(logits, models[1](prompt).logits) <= 1e-6
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_int8_base_is_widened_with_its_mhc_parameters_untouched(prompt, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    from transformers import TorchAoConfig
+
+    base = family_model("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    base.save_pretrained(tmp_path / "base")
+    widened = MHCForCausalLM.from_base(base)
+    widened.save_pretrained(tmp_path / "widened")
+
+    def int8():
+        return dict(quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig()))
+
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **int8())(prompt).logits
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "widened", **int8())
+    for quantized in (loaded, MHCForCausalLM.from_base(tmp_path / "base", **int8())):
+        assert type(quantized.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
+        assert distance(quantized(prompt).logits, expected) <= 1e-5
+    for name, parameter in widened.named_parameters():
+        if "_hc." in name:
+            assert torch.equal(loaded.get_parameter(name), parameter), name

@@ -81,6 +81,11 @@ class MHCConfig(PreTrainedConfig):
         vars(self)["model_type"] = conversion_name(self.base_model_type)
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        # of custom code transformers supposes that its layer types have old names, and 5.17 renames LFM2's
+        return False
+
+    @classmethod
     def from_base(cls, config: PreTrainedConfig, **hc: Any) -> "MHCConfig":
         """The configuration of `config`'s model widened into `hc_mult` streams.
 

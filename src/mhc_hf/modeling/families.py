@@ -117,7 +117,7 @@ def widen_layers(model: PreTrainedModel) -> None:
         # the layers' owner makes the parameters of its own sub-modules, and captures outputs, by its own class
         inner: Any = model.get_submodule(family.layers.rpartition(".")[0])
         inner.__class__ = globals()[f"MHC{family.inner}"]
-        _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(inner)), inner._can_record_outputs)
 
 
 def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
