@@ -1,6 +1,5 @@
 """What the two studies share: text as batches, one training loop, and a record of what was run where."""
 
-# ruff: noqa: I001  (`demo` is a script beside this one and, once that has run, a folder in the root too)
 import platform
 import sys
 import time
@@ -10,10 +9,14 @@ from typing import Any
 
 import torch
 import transformers
-from demo import read_texts, train_tokenizer
 from torch import Tensor, nn
 
 import mhc_hf
+
+# isort: off  (`demo` is a script beside this one and, once that has run, a folder too)
+from demo import read_texts, train_tokenizer
+
+# isort: on
 
 
 def read_tokens(text_file: Path | None, context: int, parts: tuple[str, ...]) -> tuple[dict[str, Tensor], int]:
