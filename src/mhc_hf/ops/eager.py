@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import few
+from .copies import are_copies, sum_weights
 from .sinkhorn import backpropagate_projection, project_doubly_stochastic
 
 # numbers in a block: 2 MiB in float32, so that a block's buffers stay in a cache and are never given back to the system
@@ -25,6 +27,8 @@ def coefficients(
     x: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor, num_iters: int, norm_eps: float
 ) -> tuple[Tensor, ...]:
     """The three maps of a site (Eq. 7 and 8): h_pre, h_post, h_res, and for backward projected, inv_rms [T]."""
+    if len(x) <= few.MOST_TOKENS:
+        return few.coefficients(x, phi, bias, _repeat_gates(alpha, x.shape[1]), num_iters, norm_eps)
     projected, inv_rms = _project(x, phi, norm_eps)
     return *_compute_maps(projected, inv_rms, bias, alpha, x.shape[1], num_iters), projected, inv_rms
 
@@ -53,6 +57,8 @@ def write_read(
 
 def pre(x: Tensor, h_pre: Tensor) -> Tensor:
     """H_pre x. [T, C]"""
+    if len(x) <= few.MOST_TOKENS:
+        return few.collapse(x, h_pre)
     branch_in = x.new_empty(x.shape[0], x.shape[2])
     for block, x_block in _split_tokens(x, h_pre.dtype):
         _collapse(x_block, h_pre[:, block], branch_in[block])
@@ -61,6 +67,8 @@ def pre(x: Tensor, h_pre: Tensor) -> Tensor:
 
 def post_res(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     """x' = H_res x + H_post F (Eq. 3). [T, n, C]"""
+    if len(x) <= few.MOST_TOKENS:
+        return few.post_res(x, branch_out, h_post, h_res)
     x_next = torch.empty_like(x)
     for block, x_block in _split_tokens(x, h_post.dtype):
         total = _get_buffer(x_next[block], h_post.dtype)
@@ -189,8 +197,8 @@ def _compute_maps(
 def _collapse(x: Tensor, weights: Tensor, out: Tensor) -> None:
     """out = sum of weights_i x_i. [T, n, C], [n, T] -> [T, C]"""
     total = _get_buffer(out, weights.dtype)
-    if _are_copies(x):
-        torch.mul(_sum_weights(weights, 0)[:, None], x[:, 0], out=total)
+    if are_copies(x):
+        torch.mul(sum_weights(weights, 0)[:, None], x[:, 0], out=total)
     else:
         torch.mul(weights[0, :, None], x[:, 0], out=total)
         for i in range(1, x.shape[1]):
@@ -200,30 +208,11 @@ def _collapse(x: Tensor, weights: Tensor, out: Tensor) -> None:
 
 def _add_mixed(total: Tensor, matrix: Tensor, x: Tensor) -> None:
     """total += matrix x. [T, n, C], [n, n, T] (into, from, token)"""
-    if _are_copies(x):
-        total.addcmul_(_per_stream(_sum_weights(matrix, 1)), x[:, :1])
+    if are_copies(x):
+        total.addcmul_(_per_stream(sum_weights(matrix, 1)), x[:, :1])
     else:
         for j in range(x.shape[1]):
             total.addcmul_(_per_stream(matrix[:, j]), x[:, j, None])
-
-
-def _are_copies(x: Tensor) -> bool:
-    """Whether the streams of a block are equal, every one to every other. [T, n, C]
-
-    Copies stay copies to the bit then, and a mix of them is what it was: sums of rounded products would drift apart.
-    Only on a CPU, where the answer can be had without waiting for the device. The first token is asked first, so that
-    streams that differ pay nothing for the question.
-    """
-    if x.device.type != "cpu":
-        return False
-    return all(torch.equal(part[:, 1:], part[:, :1].expand_as(part[:, 1:])) for part in (x[:1], x[1:]))
-
-
-def _sum_weights(weights: Tensor, dim: int) -> Tensor:
-    """Sum over one dimension; exactly 1 where it is so to rounding, as rows of H_res and a conversion's reads are."""
-    total = weights.sum(dim)
-    # n <= 8 addends below 1, each rounded once, and their sum
-    return torch.where((total - 1).abs() <= 8 * torch.finfo(total.dtype).eps, 1.0, total)
 
 
 def _dot_channels(x: Tensor, y: Tensor) -> Tensor:
