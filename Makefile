@@ -18,7 +18,7 @@ demo: $(INSTALLED)  ## the main job end to end: train a small LLaMA, widen it, v
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
