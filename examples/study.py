@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import mhc_hf
 
-# isort: off  (`demo` is a script beside this one and, once that has run, a folder too)
+# `demo` is a script beside this one and, once that has run, a folder in the root too
+# isort: off
 from demo import read_texts, train_tokenizer
 
 # isort: on
