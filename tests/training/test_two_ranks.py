@@ -12,7 +12,7 @@ from mhc_hf import MHCForCausalLM
 
 from ..conftest import VOCAB_SIZE, tiny_model
 from .launching import run_python
-from .two_ranks import ENGINES, LEARNING_RATE
+from .two_ranks import ENGINES, GROUPS_BY_DTYPE, LEARNING_RATE
 
 pytestmark = pytest.mark.slow
 MULTS = [3, 4]
@@ -26,7 +26,7 @@ def runs(tmp_path_factory):
     """What two_ranks.py has written, for each n."""
     folder = tmp_path_factory.mktemp("two_ranks")
     for n in MULTS:
-        model = MHCForCausalLM.from_base(tiny_model("llama", num_hidden_layers=5).double(), hc_mult=n)
+        model = MHCForCausalLM.from_base(tiny_model("llama", num_hidden_layers=5, vocab_size=98).double(), hc_mult=n)
         generator = torch.Generator().manual_seed(n)
         with torch.no_grad():
             # away from the start, where some gradients are zero
@@ -71,15 +71,22 @@ def test_loss_gradients_and_checkpoint_are_those_of_one_process(runs, engine, n)
     for name, value in model.named_parameters():
         after = saved.get_parameter(name)
         assert after.dtype == value.dtype
-        assert float((after - value).norm()) <= TOLERANCE * float(value.norm()), name
+        assert float((after - value).detach().norm()) <= TOLERANCE * float(value.detach().norm()), name
 
 
 @pytest.mark.parametrize("n", MULTS)
 def test_mhc_is_float32_in_every_engine_and_mode(runs, n):
     for rank in (0, 1):
-        modes = json.loads((runs / str(n) / f"dtypes-{rank}.json").read_text())
-        assert len(modes) == 6
+        modes = json.loads((runs / str(n) / f"seen-{rank}.json").read_text())["dtypes"]
+        assert len(modes) == 5 + GROUPS_BY_DTYPE
         for mode, seen in modes.items():
             for what in ("parameter", "in forward", "gradient", "state"):
                 assert seen[what] == ["torch.float32"], (mode, what)
             assert ("torch.bfloat16" in seen["base"]) == ("bf16 model" in mode), mode
+
+
+@pytest.mark.parametrize("n", MULTS)
+def test_a_policy_that_would_lower_mhc_is_refused_by_name(runs, n):
+    for rank in (0, 1):
+        refusal = json.loads((runs / str(n) / f"seen-{rank}.json").read_text())["refusal"]
+        assert "`phi` must be float32, got torch.bfloat16" in refusal

@@ -22,6 +22,8 @@ from mhc_hf import HyperConnection
 from mhc_hf.training import TrainingPipeline, mhc_lora_config, mhc_param_groups, shard_widened_model
 
 LEARNING_RATE = 0.05
+# earlier versions of transformers shard layers as one group, which float32 sites and other weights cannot share
+GROUPS_BY_DTYPE = hasattr(DistributedConfig, "fsdp_plan")
 OWN_GROUPS = {f"model.layers.*.{site}": "free_full_weight" for site in ("attn_hc", "ffn_hc")}
 
 
@@ -136,7 +138,7 @@ def run_pipeline(schedule):
 ENGINES = {
     "trainer": run_trainer,
     "fully_shard": run_fully_shard,
-    "fsdp": run_fsdp,
+    **({"fsdp": run_fsdp} if GROUPS_BY_DTYPE else {}),
     "tensor_parallel": run_tensor_parallel,
     "gpipe": run_pipeline("GPipe"),
     "1f1b": run_pipeline("1F1B"),
@@ -186,13 +188,24 @@ def observe_all_dtypes(source, tokens):
         "fully_shard, bf16 mixed precision": lambda: shard_widened_model(load(source, dtype=torch.float32), None, low),
         "fully_shard, bf16 model": lambda: shard_widened_model(load(source, **bf16)),
         "fully_shard, bf16 model with LoRA": lambda: shard_widened_model(with_lora()),
-        "fsdp, bf16 model": lambda: load(source, distributed_config=DistributedConfig(fsdp_size=2), **bf16),
         "fsdp, float32 model": lambda: load(
             source, distributed_config=DistributedConfig(fsdp_size=2), dtype=torch.float32
         ),
         "tensor parallel, bf16 model": lambda: load(source, distributed_config=DistributedConfig(tp_size=2), **bf16),
     }
+    if GROUPS_BY_DTYPE:
+        modes["fsdp, bf16 model"] = lambda: load(source, distributed_config=DistributedConfig(fsdp_size=2), **bf16)
     return {mode: observe_dtypes(make(), tokens) for mode, make in modes.items()}
+
+
+def observe_refusal(source, tokens):
+    """What a policy that lowers every parameter of a layer is told."""
+    sharding = DistributedConfig(fsdp_size=2, fsdp_mixed_precision=True)
+    model = load(source, distributed_config=sharding, dtype=torch.float32)
+    try:
+        model(tokens, labels=tokens)
+    except ValueError as error:
+        return str(error)
 
 
 def main():
@@ -205,8 +218,8 @@ def main():
         for name, run in ENGINES.items():
             run(source, start.parent / name, tokens)
             source = start.parent / name / "checkpoint"
-        dtypes = observe_all_dtypes(start, tokens)
-        (start.parent / f"dtypes-{dist.get_rank()}.json").write_text(json.dumps(dtypes))
+        seen = {"dtypes": observe_all_dtypes(start, tokens), "refusal": observe_refusal(start, tokens)}
+        (start.parent / f"seen-{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
 
