@@ -14,6 +14,7 @@ ROOT = Path(mhc_hf.__file__).parent
 ORDER = [
     "ops.reference",
     "ops",
+    "modeling.projections",
     "modeling.starts",
     "modeling.configuration_mhc",
     "modeling.recompute",

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from .projections import PROJECTIONS
 from .starts import STARTS
 
 # called with each new family's config class, before anyone sees it: `families` registers the model classes here
@@ -32,6 +33,8 @@ class MHCConfig(PreTrainedConfig):
             "orthogonal" or "copies" (conversions; both preserve the base model's function).
         hc_alpha_init: gating factor of the dynamic maps at the start; None takes the start's own: 0.01 for "paper",
             1 for a conversion.
+        hc_projection: what makes H_res of its logits: "sinkhorn" (mHC); for comparisons "none" (the original
+            Hyper-Connections, unconstrained) and "identity" (streams are never mixed), on the PyTorch path.
         hc_norm_eps: added to the mean square before its root is taken.
         hc_recompute: in training keep one set of streams a block of layers and make the others again in backward.
         hc_recompute_layers: layers a block, >= 1; None takes sqrt(n L / (n + 2)) (Eq. 20).
@@ -49,6 +52,7 @@ class MHCConfig(PreTrainedConfig):
     hc_norm_eps: float = 1e-6
     hc_recompute: bool = False
     hc_recompute_layers: int | None = None
+    hc_projection: str = "sinkhorn"
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "MHCConfig":
         if cls is MHCConfig and kwargs.get("base_model_type") is not None:
@@ -62,6 +66,16 @@ class MHCConfig(PreTrainedConfig):
             _check_int("hc_recompute_layers", self.hc_recompute_layers, 1, "None takes the paper's own")
         if self.hc_start not in STARTS:
             raise ValueError(f"`hc_start` must be one of {', '.join(map(repr, STARTS))}, got {self.hc_start!r}.")
+        if self.hc_projection not in PROJECTIONS:
+            raise ValueError(
+                f"`hc_projection` must be one of {', '.join(map(repr, PROJECTIONS))}, got {self.hc_projection!r}. "
+                '"sinkhorn" is mHC.'
+            )
+        if self.hc_recompute and self.hc_projection != "sinkhorn":
+            raise ValueError(
+                f'`hc_recompute` needs `hc_projection="sinkhorn"`, got {self.hc_projection!r}. '
+                "Turn on gradient checkpointing instead."
+            )
         start = STARTS[self.hc_start]
         if self.hc_mult < start.min_mult:
             raise ValueError(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..ops import mhc_coefficients
+from ..ops import mhc_post_res, mhc_pre
 from ..ops.functional import SiteRead, site_read, site_write
 from .configuration_mhc import MHCConfig
+from .projections import compute_maps
 from .recompute import can_recompute, default_block_layers, find_block, hand_on
 from .starts import STARTS, bias_of
 
@@ -39,6 +40,7 @@ class HyperConnection(nn.Module):
         self.hidden_size = config.hidden_size
         self.num_iters = config.hc_sinkhorn_iters
         self.norm_eps = config.hc_norm_eps
+        self.projection = config.hc_projection
         self.start = config.hc_start
         self.alpha_init: Any = config.hc_alpha_init
         self.phi_std = getattr(config, "initializer_range", 0.02)
@@ -61,6 +63,10 @@ class HyperConnection(nn.Module):
             [B, S, n*C] in the dtype of `streams`.
         """
         x = self._split(streams)  # [B, S, n, C]
+        if self.projection != "sinkhorn":
+            h_pre, h_post, h_res = self.maps(streams)
+            branch_out = branch(mhc_pre(x, h_pre)).to(x.dtype)
+            return mhc_post_res(x, branch_out, h_post, h_res).flatten(-2)
         if not (self.recompute and self.training and can_recompute()):
             site = self._read(x)
             return site_write(x, self._run(branch, site), site).flatten(-2)
@@ -80,8 +86,14 @@ class HyperConnection(nn.Module):
 
     def maps(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """H_pre [B, S, n], H_post [B, S, n] and H_res [B, S, n, n] at `streams` [B, S, n*C], to look at."""
-        return mhc_coefficients(
-            self._split(streams), self.phi, self.bias, self.alpha, num_iters=self.num_iters, norm_eps=self.norm_eps
+        return compute_maps(
+            self._split(streams),
+            self.phi,
+            self.bias,
+            self.alpha,
+            projection=self.projection,
+            num_iters=self.num_iters,
+            norm_eps=self.norm_eps,
         )
 
     def start_values(self) -> dict[str, Tensor]:
@@ -94,7 +106,7 @@ class HyperConnection(nn.Module):
         phi = torch.zeros(()).expand(shape)
         if start.phi_is_random:
             phi = torch.empty(shape).normal_(std=self.phi_std)
-        bias = bias_of(start.maps(self.hc_mult, self.site))
+        bias = bias_of(start.maps(self.hc_mult, self.site), self.projection)
         return {"phi": phi, "bias": bias, "alpha": torch.full((3,), float(self.alpha_init))}
 
     @torch.no_grad()

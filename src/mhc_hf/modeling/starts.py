@@ -2,7 +2,8 @@
 
 Shapes: n streams, C channels of one stream. A site is one hyper-connection; sites are counted through the whole model.
 Every map here is doubly stochastic or within the sigmoids' live range as it stands, so the parameters are its inverse:
-`bias_pre = logit(H_pre)`, `bias_post = logit(H_post / 2)`, `bias_res = log(H_res)` up to a constant.
+`bias_pre = logit(H_pre)`, `bias_post = logit(H_post / 2)`, `bias_res = log(H_res)` up to a constant (or as
+`projections` says).
 Why the two conversion starts preserve the function, and why their streams separate: docs/math.md.
 """
 
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .projections import PROJECTIONS
 
 Maps = tuple[Tensor, Tensor, Tensor]  # h_pre [n], h_post [n], h_res [n, n], float64
 
@@ -91,8 +94,8 @@ def default_start(hc_mult: int) -> str:
     return "orthogonal" if hc_mult >= CONVERSION_STARTS["orthogonal"].min_mult else "copies"
 
 
-def bias_of(maps: Maps) -> Tensor:
+def bias_of(maps: Maps, projection: str = "sinkhorn") -> Tensor:
     """[(n+2)*n] float32, in the order pre, post, res: the biases whose maps are `maps` where the dynamic part is 0."""
     h_pre, h_post, h_res = maps
-    log_res = h_res.log()
-    return torch.cat([h_pre.logit(), (h_post / 2).logit(), (log_res - log_res.min()).flatten()]).float()
+    res = PROJECTIONS[projection].invert(h_res)
+    return torch.cat([h_pre.logit(), (h_post / 2).logit(), res.flatten()]).float()
