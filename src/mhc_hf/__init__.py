@@ -3,6 +3,8 @@
 Importing it registers the widened models with the Auto classes.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .conversion import convert_checkpoint, verify_conversion
 from .modeling import (
     HyperConnection,
@@ -14,6 +16,9 @@ from .modeling import (
     MHCModel,
 )
 
+if TYPE_CHECKING:
+    from .training import StreamMonitorCallback, mhc_param_groups
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -24,6 +29,17 @@ __all__ = [
     "MHCForSequenceClassification",
     "MHCForTokenClassification",
     "MHCModel",
+    "StreamMonitorCallback",
     "convert_checkpoint",
+    "mhc_param_groups",
     "verify_conversion",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # training needs accelerate and peft, which those who only load a model may not have
+    if name in ("StreamMonitorCallback", "mhc_param_groups"):
+        from . import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
