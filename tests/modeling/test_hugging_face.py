@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    CTRLConfig,
 )
 
 from mhc_hf import (
@@ -27,7 +28,7 @@ from mhc_hf import (
     MHCModel,
 )
 
-from ..conftest import tiny_config, tiny_model
+from ..conftest import tiny_model
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_gradient_checkpointing_changes_no_gradient(widened, token_ids, use_reen
         (lambda llama: MHCForCausalLM.from_base(MHCForCausalLM.from_base(llama)), "already widened"),
         (lambda llama: MHCForCausalLM.from_base(llama.model), "must be a LlamaForCausalLM"),
         (lambda llama: MHCForCausalLM(llama.config), "must be a widened configuration"),
-        (lambda llama: MHCConfig.from_base(tiny_config("gpt2")), "'gpt2'` is not supported.*Supported: llama"),
+        (lambda llama: MHCConfig.from_base(CTRLConfig()), "'ctrl'` is not supported.*Supported: .*llama"),
         (lambda llama: MHCConfig.from_base(llama.config, num_layers=3), "takes hc_\\* fields only, got num_layers"),
         (lambda llama: MHCConfig.from_base(llama.config, hc_alpha_init=0.0), "`hc_alpha_init` must not be 0"),
         (

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..modeling import HyperConnection, MHCConfig
-from ..modeling.families import supported_families
+from ..modeling.families import family_of
 from ..modeling.starts import CONVERSION_STARTS, default_start
 from . import companions
 from .checkpoint import Checkpoint, read_checkpoint, read_config
@@ -116,10 +116,10 @@ def _widen_config(source: Source, raw: dict[str, Any], hc_mult: int, start: str 
             f"{source} is already widened (base_model_type={raw.get('base_model_type')!r}, "
             f"hc_mult={raw.get('hc_mult')}). Convert the base it came from."
         )
-    if family not in supported_families():
-        raise UnusableSource(
-            f"{source} is of family {family!r}, which is not supported. Supported: {', '.join(supported_families())}."
-        )
+    try:
+        family_of(family)
+    except ValueError as error:
+        raise UnusableSource(f"{source}: {error}") from error
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
