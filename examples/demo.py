@@ -30,8 +30,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mhc_hf import HyperConnection, convert_checkpoint, verify_conversion
+from mhc_hf import HyperConnection, MHCForCausalLM, convert_checkpoint, verify_conversion
 from mhc_hf.plotting import plot_finetuning
+from mhc_hf.training import mhc_lora_config
 
 CONTEXT = 128
 PROMPT = "The assignment statement is used to"
@@ -99,9 +100,9 @@ def train(model, data: Dataset, validation: Dataset, steps: int, lr: float, call
 
 def add_adapters(model: PreTrainedModel):
     """LoRA on all linear layers; a widened model's hyper-connections are trained beside it, in full and in float32."""
-    sites = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, HyperConnection)})
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=sites or None)
-    return get_peft_model(model, config)
+    if isinstance(model, MHCForCausalLM):
+        return get_peft_model(model, mhc_lora_config(model, "lora+mhc", r=8, lora_alpha=16))
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 
 
 @torch.no_grad()
