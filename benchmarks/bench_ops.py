@@ -47,6 +47,7 @@ def main() -> None:
                 print_table(shape, rows)
                 report["results"].append(shape | {"contenders": rows})
     path = arguments.output or RESULTS / f"ops-{device.type}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwritten to {path}")
 
