@@ -19,6 +19,7 @@ ORDER = [
     "modeling.configuration_mhc",
     "modeling.recompute",
     "modeling.hyper_connection",
+    "modeling.steps",
     "modeling.sublayers",
     "modeling.layer",
     "modeling.families",

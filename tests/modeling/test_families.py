@@ -14,7 +14,8 @@ from mhc_hf import MHCForCausalLM
 from mhc_hf.conversion import convert_checkpoint
 from mhc_hf.modeling.families import family_of, supported_families
 from mhc_hf.modeling.layer import MHCDecoderLayer
-from mhc_hf.modeling.sublayers import FAMILIES, REFUSED, Context, resolve, run_chain
+from mhc_hf.modeling.steps import Context, resolve, run_chain
+from mhc_hf.modeling.sublayers import FAMILIES, REFUSED
 
 from ..conftest import VOCAB_SIZE
 from .family_models import WINDOW, family_model, variants_of

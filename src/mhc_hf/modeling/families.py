@@ -115,9 +115,15 @@ def widen_layers(model: PreTrainedModel) -> None:
         site += len(form.sites)
     if family.inner is not None:
         # the layers' owner makes the parameters of its own sub-modules, and captures outputs, by its own class
-        inner: Any = model.get_submodule(family.layers.rpartition(".")[0])
-        inner.__class__ = globals()[f"MHC{family.inner}"]
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(inner)), inner._can_record_outputs)
+        adopt_class(model.get_submodule(family.layers.rpartition(".")[0]), globals()[f"MHC{family.inner}"])
+
+
+def adopt_class(module: Any, widened_class: type) -> None:
+    """Give a plain model that its family's constructor has built the widened class, in place."""
+    module.__class__ = widened_class
+    # outputs are captured by class, and the class was another when the model was built. The registry's keys are the
+    # classes' names; only since 5.23 does it take the model and find the name itself
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(widened_class), module._can_record_outputs)
 
 
 def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:

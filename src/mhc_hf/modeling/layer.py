@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_mhc import MHCConfig
 from .hyper_connection import HyperConnection
-from .sublayers import Chain, Context, Form, resolve, run_chain
+from .steps import Chain, Context, Form, resolve, run_chain
 
 
 class MHCDecoderLayer(GradientCheckpointingLayer):

@@ -21,10 +21,9 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_mhc import MHCConfig, on_new_family
-from .families import Mixins, check_fits, layers_of, register_family, widen_layers
+from .families import Mixins, adopt_class, check_fits, layers_of, register_family, widen_layers
 from .hyper_connection import HyperConnection
 from .layer import MHCDecoderLayer
 from .starts import default_start
@@ -54,9 +53,7 @@ class MHCPreTrainedModel(PreTrainedModel):
         """
         if not cls._is_common_base():
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config = kwargs.get("config") or AutoConfig.from_pretrained(
-            pretrained_model_name_or_path, **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        )
+        config = kwargs.get("config") or _load_config(pretrained_model_name_or_path, kwargs)
         cls._family_class(config)
         return cls._auto_class_of_kind.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -118,10 +115,7 @@ class MHCForCausalLM(MHCPreTrainedModel):
         # by class: the prefix of some families names what holds the decoder in their multimodal models
         base: Any = next(module for module in self.children() if isinstance(module, plain_class))
         if not isinstance(base, MHCModel):
-            base.__class__ = widened_class
-            # outputs are captured by class, and the class was another when the model was built. The registry's keys are
-            # the classes' names; only since 5.23 does it take the model and find the name itself
-            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(base)), base._can_record_outputs)
+            adopt_class(base, widened_class)
             base.post_init()
         super().post_init()
 
@@ -163,11 +157,7 @@ class MHCForCausalLM(MHCPreTrainedModel):
                     f"`model_or_path` is a {type(model_or_path).__name__}. Set them on the model before you widen it."
                 )
             return _widen_in_memory(model_or_path, MHCConfig.from_base(model_or_path.config, **hc))
-        base_config = AutoConfig.from_pretrained(
-            model_or_path,
-            **{name: from_pretrained_kwargs[name] for name in _HUB_ARGUMENTS if name in from_pretrained_kwargs},
-        )
-        config = MHCConfig.from_base(base_config, **hc)
+        config = MHCConfig.from_base(_load_config(model_or_path, from_pretrained_kwargs), **hc)
         token = _loads_a_base.set(True)
         try:
             return cls._family_class(config).from_pretrained(model_or_path, config=config, **from_pretrained_kwargs)
@@ -219,6 +209,12 @@ def _widen_in_memory(model: PreTrainedModel, config: MHCConfig) -> PreTrainedMod
     widened.generation_config = copy.deepcopy(model.generation_config)
     widened.name_or_path = model.name_or_path
     return widened.train(model.training)
+
+
+def _load_config(path: Any, from_pretrained_kwargs: dict[str, Any]) -> Any:
+    """The configuration that `from_pretrained` with these arguments would find."""
+    where = {name: from_pretrained_kwargs[name] for name in _HUB_ARGUMENTS if name in from_pretrained_kwargs}
+    return AutoConfig.from_pretrained(path, **where)
 
 
 def _checked_default_start(hc_mult: Any) -> str:
