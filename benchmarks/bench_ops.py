@@ -26,7 +26,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Hyper
 
 from mhc_hf import ops
 from mhc_hf.ops import reference
-from mhc_hf.ops.backends import explain_no_triton
+from mhc_hf.ops.backends import BACKENDS, explain_no_backend
 
 RESULTS = Path(__file__).parent / "results"
 # rows of C elements a token that a site's kernels move: docs/kernels.md; others' rows are not known, only their time
@@ -130,16 +130,12 @@ def make_contenders(n, num_channels, x) -> dict[str, tuple[Callable[[Tensor], Te
     contenders = {
         "transformers": (run_v4, run_v4_double, tolerance),
         "transformers compiled": (torch.compile(run_v4, dynamic=False), run_v4_double, tolerance),
-        "mhc_hf torch": (make_ours("torch"), run_reference, tolerance),
-        "mhc_hf torch compiled": (torch.compile(make_ours("torch"), dynamic=False), run_reference, tolerance),
     }
-    if explain_no_triton(x, n) is None:
-        contenders["mhc_hf triton"] = (make_ours("triton"), run_reference, tolerance)
-        contenders["mhc_hf triton compiled"] = (
-            torch.compile(make_ours("triton"), dynamic=False),
-            run_reference,
-            tolerance,
-        )
+    for backend in BACKENDS[1:]:
+        if explain_no_backend(backend, x, n) is None:
+            run = make_ours(backend)
+            contenders[f"mhc_hf {backend}"] = (run, run_reference, tolerance)
+            contenders[f"mhc_hf {backend} compiled"] = (torch.compile(run, dynamic=False), run_reference, tolerance)
     return contenders
 
 

@@ -1,4 +1,4 @@
-"""The public ops: checks and choice of backend. What they compute is `reference`; how, `eager` and `triton`.
+"""The public ops: checks and choice of backend. What they compute is `reference`; how, `eager`, `native` and `triton`.
 
 Shapes: n streams, C channels of one stream, m = (n+2)*n; `...` stands for any leading shape, T for its product.
 Convention: h_res[..., i, j] carries input stream j into output stream i.
@@ -9,11 +9,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import eager, registered
+from . import registered
 from .backends import choose_backend
 from .checks import check_branch, check_iters, check_maps, check_parameters, check_streams
 
-Backend = Literal["auto", "torch", "triton"]
+Backend = Literal["auto", "torch", "native", "triton"]
 
 
 def sinkhorn_knopp(logits: Tensor, num_iters: int = 20, *, backend: Backend = "auto") -> Tensor:
@@ -22,12 +22,12 @@ def sinkhorn_knopp(logits: Tensor, num_iters: int = 20, *, backend: Backend = "a
     Args:
         logits: [..., n, n], any floating dtype; computed in float32, or in float64 where they are float64.
         num_iters: t_max >= 1; one iteration normalises the columns, then the rows.
-        backend: "auto", "torch" or "triton"; one that is named runs or raises.
+        backend: "auto", "torch", "native" or "triton"; one that is named runs or raises.
     Returns:
         [..., n, n] float32 (or float64): rows sum to 1 to rounding; what has not converged is left on the columns. The
         gradient is that of the unrolled iterations.
     Raises:
-        ValueError: not square, n outside 2..8 on triton, not floating, or `num_iters` < 1.
+        ValueError: not square, n outside 2..8 on native or triton, not floating, or `num_iters` < 1.
     """
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or not logits.is_floating_point():
         raise ValueError(
@@ -35,9 +35,9 @@ def sinkhorn_knopp(logits: Tensor, num_iters: int = 20, *, backend: Backend = "a
             "Unflatten the last n*n numbers first."
         )
     check_iters(num_iters)
-    chosen = choose_backend(backend, logits, logits.shape[-1])
     n = logits.shape[-1]
     token_last = logits.to(_compute_dtype(logits)).reshape(-1, n, n).permute(1, 2, 0).contiguous()
+    chosen = choose_backend(backend, token_last, n)
     h_res = registered.sinkhorn(token_last, num_iters, chosen)
     return h_res.permute(2, 0, 1).unflatten(0, logits.shape[:-2])
 
@@ -61,7 +61,7 @@ def mhc_coefficients(
         alpha: [3] gating factors of the dynamic part, float32: pre, post, res.
         num_iters: t_max of Sinkhorn-Knopp, >= 1.
         norm_eps: added to the mean square under the root.
-        backend: "auto", "torch" or "triton"; one that is named runs or raises.
+        backend: "auto", "torch", "native" or "triton"; one that is named runs or raises.
     Returns:
         h_pre [..., n] in (0, 1), h_post [..., n] in (0, 2), h_res [..., n, n] with rows that sum to 1; float32, or
         float64 where `x` is.
@@ -254,8 +254,7 @@ def _call(name: str, backend: str, *arguments: Any) -> Any:
     """
     if _records_graph(arguments):
         return getattr(registered, name)(*arguments, backend)
-    implementation = eager if backend == "torch" else registered.get_implementation(backend)
-    return registered.exempt_from_autocast(getattr(implementation, name))(*arguments)
+    return registered.exempt_from_autocast(getattr(registered.get_implementation(backend), name))(*arguments)
 
 
 def _records_graph(arguments: tuple[Any, ...]) -> bool:

@@ -1,4 +1,5 @@
-"""The ops as torch.library custom ops: one registration with fake and autograd, two implementations (torch, triton).
+"""The ops as torch.library custom ops: one registration with fake and autograd, three implementations (torch,
+native, triton).
 
 Shapes: T tokens, n streams, C channels, m = (n+2)*n; x [T, n, C] contiguous, branch tensors [T, C] contiguous, numbers
 a token token-last: h_pre [n, T], h_post [n, T], h_res [n, n, T], projected [m, T], inv_rms [T].
@@ -13,6 +14,8 @@ that it makes over x anyway, and no partial d_x is written, read and added.
 """
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,13 +42,10 @@ def exempt_from_autocast(implementation: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+@cache
 def get_implementation(backend: str) -> ModuleType:
-    """The module that computes: `eager` for "torch", the launchers for "triton" (imported here, on first use)."""
-    if backend == "triton":
-        from .triton import launch
-
-        return launch
-    return eager
+    """The module that computes: `eager` for "torch", else the launchers of the backend, imported here on first use."""
+    return eager if backend == "torch" else import_module(f".{backend}.launch", __package__)
 
 
 def _register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -60,15 +60,15 @@ def _register(name: str, schema: str, implementation: Callable[..., Any], fake: 
 
 
 def _sinkhorn(logits, num_iters, backend):
-    if backend == "triton":
-        return get_implementation(backend).project_doubly_stochastic(logits, num_iters)
-    return project_doubly_stochastic(logits, num_iters)
+    if backend == "torch":
+        return project_doubly_stochastic(logits, num_iters)
+    return get_implementation(backend).project_doubly_stochastic(logits, num_iters)
 
 
 def _sinkhorn_backward(grad, logits, num_iters, backend):
-    if backend == "triton":
-        return get_implementation(backend).backpropagate_projection(grad, logits, num_iters)
-    return backpropagate_projection(grad, logits, num_iters)[0]
+    if backend == "torch":
+        return backpropagate_projection(grad, logits, num_iters)[0]
+    return get_implementation(backend).backpropagate_projection(grad, logits, num_iters)
 
 
 sinkhorn = _register(
