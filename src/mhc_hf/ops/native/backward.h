@@ -22,9 +22,10 @@ struct read_backward {
     int failed;
 };
 
+// of a part: `history` of Sinkhorn; a block of phi and of x, and its products for every stream, packed
 struct buffers {
     lanes *history;
-    float *wide, *products;
+    float *phi, *x, *products;
 };
 
 // what the maps are told: gradients given, and dots of the streams
@@ -72,21 +73,44 @@ static void finish_token(const struct read_backward *site, int64_t token, int64_
     })
 }
 
+// rows of C channels, `vectors` of them from c on, one after the other in float32: what products walk over many times
+// must not lie at strides that share a place in the cache
+INLINE void pack_streams(const stream *x, int rows, int64_t stride, int64_t c, int64_t C, int vectors, float *out) {
+    int64_t rest = C - c;
+    for (int row = 0; row < rows; row++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
+            int64_t left = rest - v * W;
+            vec wide = left >= W ? load(x + row * stride + c + v * W, W) : load(x + row * stride + c + v * W, (int)left);
+            store_wide(out + (row * vectors + v) * W, wide);
+        }
+    }
+}
+
+INLINE void pack_phi(const float *phi, int64_t width, int vectors, float *out) {
+    for (int row = 0; row < M; row++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
+            store_wide(out + (row * vectors + v) * W, load_wide(phi + row * width + v * W));
+        }
+    }
+}
+
 // d_x and the tile's part of d_phi over `vectors` of the channels
 INLINE void backpropagate_channels(const struct read_backward *site, int64_t first, int count, int64_t c, int vectors,
-                                   const struct told *told, const float *wide, float *products, float *d_phi) {
-    int64_t padded = pad_channels(site->sizes.C), width = N * padded;
+                                   const struct told *told, const struct buffers *buffers, float *d_phi) {
+    int64_t C = site->sizes.C, padded = pad_channels(C), width = N * padded;
     int64_t stride = (int64_t)LANES * vectors * W;
     for (int i = 0; i < N; i++) {
-        combine_rows(vectors, told->d_projected, count, site->phi + i * padded + c, width, products + i * stride);
-        add_products(vectors, told->d_projected, wide + i * padded + c, count, width, d_phi + i * padded + c);
+        pack_phi(site->phi + i * padded + c, width, vectors, buffers->phi);
+        pack_streams(site->x + (first * N + i) * C, count, N * C, c, C, vectors, buffers->x);
+        combine_rows(vectors, told->d_projected, count, buffers->phi, buffers->products + i * stride);
+        add_products(vectors, told->d_projected, buffers->x, count, width, d_phi + i * padded + c);
     }
     for (int t = 0; t < count; t++) {
         float h_pre[N], h_res[N * N], along_x;
         take_token(told->h_pre, N, t, h_pre);
         take_token(told->h_res, N * N, t, h_res);
         take_token(&told->along_x, 1, t, &along_x);
-        finish_token(site, first + t, c, vectors, products + t * vectors * W, h_pre, h_res, along_x);
+        finish_token(site, first + t, c, vectors, buffers->products + t * vectors * W, h_pre, h_res, along_x);
     }
 }
 
@@ -109,14 +133,13 @@ static void backpropagate_tile(const struct read_backward *site, int64_t part, i
     backpropagate_maps(&site->gates, projected, inv_rms, N * C, d_pre, d_post, d_res, count, buffers->history, sums,
                        sums + M, &told);
 
-    const float *wide = widen_tile(site->x + first * N * C, count, C, buffers->wide);
     float *d_phi = site->d_phi_parts + part * M * N * padded;
     int64_t c = 0;
     for (; c + BLOCK_VECTORS * W <= padded; c += BLOCK_VECTORS * W) {
-        backpropagate_channels(site, first, count, c, BLOCK_VECTORS, &told, wide, buffers->products, d_phi);
+        backpropagate_channels(site, first, count, c, BLOCK_VECTORS, &told, buffers, d_phi);
     }
     for (; c < padded; c += W) {
-        backpropagate_channels(site, first, count, c, 1, &told, wide, buffers->products, d_phi);
+        backpropagate_channels(site, first, count, c, 1, &told, buffers, d_phi);
     }
 }
 
@@ -124,12 +147,14 @@ static void backpropagate_part(void *task, int64_t part) {
     struct read_backward *site = task;
     const struct sizes *sizes = &site->sizes;
     int64_t num_tiles = (sizes->T + sizes->tile - 1) / sizes->tile, width = N * pad_channels(sizes->C);
+    int64_t block = BLOCK_VECTORS * W * sizeof(float);
     struct buffers buffers = {
         allocate(count_history(site->gates.iters, site->gates.log_iters) * (int64_t)sizeof(lanes)),
-        is_wide(sizes->C) ? 0 : allocate(sizes->tile * width * (int64_t)sizeof(float)),
-        allocate((int64_t)N * LANES * BLOCK_VECTORS * W * (int64_t)sizeof(float)),
+        allocate(block * M),
+        allocate(block * LANES),
+        allocate(block * LANES * N),
     };
-    if (buffers.history && buffers.products && (buffers.wide || is_wide(sizes->C))) {
+    if (buffers.history && buffers.phi && buffers.x && buffers.products) {
         memset(site->d_phi_parts + part * M * width, 0, (size_t)(M * width) * sizeof(float));
         int64_t end = num_tiles * (part + 1) / site->num_parts;
         for (int64_t tile = num_tiles * part / site->num_parts; tile < end; tile++) {
@@ -141,7 +166,8 @@ static void backpropagate_part(void *task, int64_t part) {
         site->failed = 1;
     }
     free(buffers.history);
-    free(buffers.wide);
+    free(buffers.phi);
+    free(buffers.x);
     free(buffers.products);
 }
 

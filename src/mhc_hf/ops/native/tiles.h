@@ -99,8 +99,8 @@ static void project_tile(const float *x, int count, const float *phi, int64_t wi
     }
 }
 
-// out_t = sum of weights_row,t phi_row over a few vectors; out [LANES, vectors * W]
-INLINE void combine_rows(int vectors, const lanes *weights, int count, const float *phi, int64_t width, float *out) {
+// out_t = sum of weights_row,t phi_row over a few vectors; phi [m, vectors * W], out [LANES, vectors * W]
+INLINE void combine_rows(int vectors, const lanes *weights, int count, const float *phi, float *out) {
     for (int t = 0; t < count; t += BLOCK_TOKENS) {
         vec totals[BLOCK_TOKENS][BLOCK_VECTORS];
         UNROLL for (int k = 0; k < BLOCK_TOKENS; k++) {
@@ -109,7 +109,7 @@ INLINE void combine_rows(int vectors, const lanes *weights, int count, const flo
         for (int row = 0; row < M; row++) {
             const float *row_weights = (const float *)(weights + row) + t;
             vec wide[BLOCK_VECTORS];
-            UNROLL for (int v = 0; v < vectors; v++) wide[v] = load_wide(phi + row * width + v * W);
+            UNROLL for (int v = 0; v < vectors; v++) wide[v] = load_wide(phi + (row * vectors + v) * W);
             UNROLL for (int k = 0; k < BLOCK_TOKENS; k++) {
                 UNROLL for (int v = 0; v < vectors; v++) totals[k][v] += row_weights[k] * wide[v];
             }
@@ -120,7 +120,7 @@ INLINE void combine_rows(int vectors, const lanes *weights, int count, const flo
     }
 }
 
-// d_phi_row += sum of weights_row,t x_t over a few rows and vectors
+// d_phi_row += sum of weights_row,t x_t over a few rows and vectors; x [LANES, vectors * W], rows of d_phi wide ones
 INLINE void add_products_block(int rows, int vectors, const lanes *weights, const float *x, int count, int64_t width,
                                float *d_phi) {
     vec totals[4][BLOCK_VECTORS];
@@ -129,7 +129,7 @@ INLINE void add_products_block(int rows, int vectors, const lanes *weights, cons
     }
     for (int t = 0; t < count; t++) {
         vec wide[BLOCK_VECTORS];
-        UNROLL for (int v = 0; v < vectors; v++) wide[v] = load_wide(x + t * width + v * W);
+        UNROLL for (int v = 0; v < vectors; v++) wide[v] = load_wide(x + (t * vectors + v) * W);
         UNROLL for (int r = 0; r < rows; r++) {
             float weight = ((const float *)(weights + r))[t];
             UNROLL for (int v = 0; v < vectors; v++) totals[r][v] += weight * wide[v];
