@@ -54,7 +54,10 @@ def explain_no_native(x: Tensor, n: int) -> str | None:
     if reason := _explain_no_kernel(x, n):
         return reason
     # n by comparison: torch.compile with dynamic sizes has no constant of its own for it
-    return _explain_no_library(next(known for known in range(2, 9) if known == n), x.dtype)
+    for known in range(2, 9):
+        if n == known:
+            return _explain_no_library(known, x.dtype)
+    return None
 
 
 @cache

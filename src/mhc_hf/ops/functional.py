@@ -93,7 +93,7 @@ def mhc_pre(x: Tensor, h_pre: Tensor, *, backend: Backend = "auto") -> Tensor:
     check_maps(x, h_pre=h_pre)
     chosen = choose_backend(backend, x, x.shape[-2])
     branch_in = _call("pre", chosen, _flatten_tokens(x), _flatten_map(h_pre, x))
-    return branch_in.unflatten(0, x.shape[:-2])
+    return _unflatten_branch(branch_in, x)
 
 
 def mhc_post_res(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -170,7 +170,7 @@ def site_read(
     chosen = choose_backend(backend, x, x.shape[-2])
     arguments = (_flatten_tokens(x), *_match(x, phi, bias, alpha), num_iters, norm_eps)
     branch_in, h_post, h_res, _, _, *link = _call("read", chosen, *arguments)
-    return SiteRead(branch_in.unflatten(0, x.shape[:-2]), h_post, h_res, link[0] if link else None)
+    return SiteRead(_unflatten_branch(branch_in, x), h_post, h_res, link[0] if link else None)
 
 
 def site_write(x: Tensor, branch_out: Tensor, site: SiteRead, *, backend: Backend = "auto") -> Tensor:
@@ -243,7 +243,7 @@ def site_write_read(
         x_next, branch_in, h_post, h_res, _, _, *link = implementation(*arguments)
     else:
         x_next, branch_in, h_post, h_res, _, _, *link = registered.write_read(site.link, *arguments, chosen)
-    branch_in = branch_in.unflatten(0, x.shape[:-2])
+    branch_in = _unflatten_branch(branch_in, x)
     return x_next.view(x.shape), SiteRead(branch_in, h_post, h_res, link[0] if link else None)
 
 
@@ -270,7 +270,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _match(x: Tensor, *parameters: Tensor) -> list[Tensor]:
     dtype = _compute_dtype(x)
-    return [parameter.to(dtype).contiguous() for parameter in parameters]
+    # asked first: a conversion to what a tensor is already costs a decoder as much as a product
+    return [p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in parameters]
 
 
 def _flatten_tokens(x: Tensor) -> Tensor:
@@ -280,6 +281,11 @@ def _flatten_tokens(x: Tensor) -> Tensor:
 
 def _flatten_branch(branch_out: Tensor) -> Tensor:
     return branch_out.reshape(-1, branch_out.shape[-1]).contiguous()
+
+
+def _unflatten_branch(branch: Tensor, x: Tensor) -> Tensor:
+    """[T, C] -> [..., C], a view."""
+    return branch.view(*x.shape[:-2], x.shape[-1])
 
 
 def _flatten_map(h: Tensor, x: Tensor) -> Tensor:

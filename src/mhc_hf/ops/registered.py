@@ -29,6 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@cache
 def exempt_from_autocast(implementation: Callable[P, R]) -> Callable[P, R]:
     """Maps decide what of a stream survives a hundred sites: never in half precision, whatever autocast says."""
 
