@@ -10,29 +10,25 @@ import sys
 
 import torch
 
-from mhc_hf import ops
 from mhc_hf.ops import reference, registered
 from mhc_hf.ops.triton import config, record
 
-from .sites import differentiate, make_site, relative_error, widen
+from .sites import bind_ops, differentiate, make_site, relative_error, widen
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.set_num_threads(1)
 
 PUBLIC = ("sinkhorn_knopp", "mhc_coefficients", "mhc_pre", "mhc_post_res", "mhc_pre_branch")
-on_triton = {
-    name: functools.partial(getattr(ops, name), backend="triton")
-    for name in (*PUBLIC, "site_read", "site_write", "site_write_read")
-}
+on_triton = bind_ops("triton")
 
 
 def pass_layer(x, phi, bias, alpha, branch_out, num_iters=20):
     """Two sites by all fused kernels."""
-    site = on_triton["site_read"](x, phi, bias, alpha, num_iters=num_iters)
+    site = on_triton.site_read(x, phi, bias, alpha, num_iters=num_iters)
     branch = torch.tanh(site.branch_in) * branch_out
-    middle, site = on_triton["site_write_read"](x, branch, site, phi.flip(0), bias.flip(0), alpha, num_iters=num_iters)
-    return on_triton["site_write"](middle, torch.tanh(site.branch_in) * branch_out, site)
+    middle, site = on_triton.site_write_read(x, branch, site, phi.flip(0), bias.flip(0), alpha, num_iters=num_iters)
+    return on_triton.site_write(middle, torch.tanh(site.branch_in) * branch_out, site)
 
 
 def pass_layer_plainly(x, phi, bias, alpha, branch_out, num_iters=20):
@@ -60,7 +56,7 @@ def compare_alone(name, site):
         "mhc_pre": x | {"h_pre": h_pre},
         "mhc_post_res": x | {"branch_out": site["branch_out"], "h_post": h_post, "h_res": h_res},
     }
-    return compare(on_triton[name], getattr(reference, name), arguments[name])
+    return compare(getattr(on_triton, name), getattr(reference, name), arguments[name])
 
 
 def run_extremes():
@@ -71,7 +67,7 @@ def run_extremes():
     logits[1, 0, 1] = 1e4
     logits[2, 0], logits[3, :, 0] = -1e4, -1e4
     logits.requires_grad_()
-    got = on_triton["sinkhorn_knopp"](logits)
+    got = on_triton.sinkhorn_knopp(logits)
     got.square().sum().backward()
     error = (got.detach().double() - reference.sinkhorn_knopp(logits.detach().double())).abs().max().item()
     return {"error": error, "finite": bool(torch.isfinite(logits.grad).all())}

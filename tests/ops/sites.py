@@ -3,12 +3,23 @@
 Shapes: n streams, C channels, `lead` any leading shape.
 """
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mhc_hf import ops
 from mhc_hf.ops import reference
+
+
+PUBLIC_OPS = tuple(name for name in ops.__all__ if callable(getattr(ops, name)) and name != "SiteRead")
+
+
+def bind_ops(backend: str) -> SimpleNamespace:
+    """The public ops, all on one backend."""
+    return SimpleNamespace(**{name: partial(getattr(ops, name), backend=backend) for name in PUBLIC_OPS})
 
 
 def make_site(n: int, num_channels: int, lead=(2, 7), dtype=torch.float32, seed: int = 0) -> dict[str, Tensor]:

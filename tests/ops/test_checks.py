@@ -55,7 +55,7 @@ def test_a_named_backend_never_falls_back():
     x = make_site(4, 8)["x"]
     with pytest.raises(RuntimeError, match=r'`backend="triton"` cannot run: .*cpu'):
         ops.mhc_pre(x, torch.zeros(2, 7, 4), backend="triton")
-    with pytest.raises(ValueError, match='`backend` must be "auto", "torch" or "triton", got \'cuda\''):
+    with pytest.raises(ValueError, match='`backend` must be "auto", "torch", "native" or "triton", got \'cuda\''):
         ops.mhc_pre(x, torch.zeros(2, 7, 4), backend="cuda")
 
 

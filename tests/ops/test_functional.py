@@ -1,4 +1,4 @@
-"""The public ops on the PyTorch path: values and every gradient against float64, and what a caller may hand in."""
+"""The public ops on a CPU's backends: values and every gradient against float64, and what a caller may hand in."""
 
 import collections
 import math
@@ -9,14 +9,25 @@ import torch
 from mhc_hf import ops
 from mhc_hf.ops import reference, registered
 
-from .sites import differentiate, make_site, pass_site, relative_error, widen
+from .sites import bind_ops, differentiate, make_site, pass_site, relative_error, widen
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def pass_linked_site(x, phi, bias, alpha, branch_out):
-    site = ops.site_read(x, phi, bias, alpha)
-    return ops.site_write(x, torch.tanh(site.branch_in) * branch_out, site)
+@pytest.fixture(params=["torch", "native"])
+def on(request):
+    """The public ops on one backend."""
+    return bind_ops(request.param)
+
+
+def pass_linked_site(o):
+    """A site that owns all gradients of its streams."""
+
+    def run(x, phi, bias, alpha, branch_out):
+        site = o.site_read(x, phi, bias, alpha)
+        return o.site_write(x, torch.tanh(site.branch_in) * branch_out, site)
+
+    return run
 
 
 def pass_two_sites(o):
@@ -61,19 +72,19 @@ def make_sites(n, num_channels, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", range(2, 9))
-def test_a_site_matches_float64_in_values_and_all_gradients(n, dtype):
+def test_a_site_matches_float64_in_values_and_all_gradients(on, n, dtype):
     sites = make_sites(n, 60, dtype)
-    assert_as_good_as_plain(pass_site(ops), pass_site(), sites)
-    assert_as_good_as_plain(pass_linked_site, pass_site(), sites)
+    assert_as_good_as_plain(pass_site(on), pass_site(), sites)
+    assert_as_good_as_plain(pass_linked_site(on), pass_site(), sites)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_sites_match_float64_although_the_streams_between_them_are_used_elsewhere(dtype):
-    assert_as_good_as_plain(pass_two_sites(ops), pass_two_sites(reference), make_sites(4, 60, dtype))
+def test_two_sites_match_float64_although_the_streams_between_them_are_used_elsewhere(on, dtype):
+    assert_as_good_as_plain(pass_two_sites(on), pass_two_sites(reference), make_sites(4, 60, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_each_op_alone_matches_float64(dtype):
+def test_each_op_alone_matches_float64(on, dtype):
     arguments: dict[str, list] = collections.defaultdict(list)
     for site in make_sites(3, 33, dtype):
         h_pre, h_post, h_res = reference.mhc_coefficients(site["x"], site["phi"], site["bias"], site["alpha"])
@@ -83,50 +94,50 @@ def test_each_op_alone_matches_float64(dtype):
         arguments["mhc_post_res"].append(x | {"branch_out": site["branch_out"], "h_post": h_post, "h_res": h_res})
     arguments["mhc_pre_branch"] = arguments["mhc_coefficients"]
     for name, sites in arguments.items():
-        assert_as_good_as_plain(getattr(ops, name), getattr(reference, name), sites)
+        assert_as_good_as_plain(getattr(on, name), getattr(reference, name), sites)
 
 
 def test_float64_streams_are_computed_in_float64():
     site = {name: tensor.double().requires_grad_() for name, tensor in make_site(3, 5, lead=(2,)).items()}
-    assert torch.autograd.gradcheck(lambda *a: pass_linked_site(*a), tuple(site.values()))
+    assert torch.autograd.gradcheck(lambda *a: pass_linked_site(bind_ops("torch"))(*a), tuple(site.values()))
 
 
-def test_h_res_goes_from_j_to_i():
+def test_h_res_goes_from_j_to_i(on):
     x = torch.randn(1, 1, 4, 6)
     h_res = torch.zeros(1, 1, 4, 4)
     h_res[..., 2, 0] = 1.0  # into stream 2, from stream 0
-    out = ops.mhc_post_res(x, torch.zeros(1, 1, 6), torch.zeros(1, 1, 4), h_res)
+    out = on.mhc_post_res(x, torch.zeros(1, 1, 6), torch.zeros(1, 1, 4), h_res)
     assert torch.equal(out[0, 0, 2], x[0, 0, 0])
     assert out[0, 0, [0, 1, 3]].abs().max() == 0
 
 
-def test_copied_streams_stay_copies():
+def test_copied_streams_stay_copies(on):
     site = make_site(4, 32)
     x = site["x"][..., :1, :].expand(2, 7, 4, 32).contiguous()
-    _, _, h_res = ops.mhc_coefficients(x, site["phi"], site["bias"], site["alpha"])
-    mixed = ops.mhc_post_res(x, site["branch_out"], torch.zeros(2, 7, 4), h_res)
+    _, _, h_res = on.mhc_coefficients(x, site["phi"], site["bias"], site["alpha"])
+    mixed = on.mhc_post_res(x, site["branch_out"], torch.zeros(2, 7, 4), h_res)
     torch.testing.assert_close(mixed, x, rtol=5e-7, atol=5e-7)
 
 
-def test_half_precision_streams_of_1e4_do_not_overflow():
+def test_half_precision_streams_of_1e4_do_not_overflow(on):
     n, num_channels = 4, 4096
     x = torch.full((1, 2, n, num_channels), 1e4, dtype=torch.float16)
     site = make_site(n, num_channels, lead=(1, 2))
-    got = ops.mhc_pre_branch(x, site["phi"], site["bias"], site["alpha"])
+    got = on.mhc_pre_branch(x, site["phi"], site["bias"], site["alpha"])
     want = reference.mhc_pre_branch(x.double(), site["phi"], site["bias"], site["alpha"])
     for ours, theirs in zip(got, want, strict=True):
         assert relative_error(ours, theirs) < 1e-3  # branch_in is rounded to 11 bits
 
 
-def test_zero_tokens_give_empty_results_and_zero_gradients():
+def test_zero_tokens_give_empty_results_and_zero_gradients(on):
     site = make_site(4, 8, lead=(2, 0))
-    got = differentiate(pass_site(ops), site)
+    got = differentiate(pass_site(on), site)
     assert got["out0"].shape == (2, 0, 4, 8)
     assert got["d_phi"].abs().max() == 0
 
 
 @pytest.mark.parametrize("view", ["transposed", "sliced", "flat", "expanded"])
-def test_views_and_strided_streams_give_the_same_result(view):
+def test_views_and_strided_streams_give_the_same_result(on, view):
     site = make_site(4, 16)
     x = site["x"]
     views = {
@@ -137,53 +148,53 @@ def test_views_and_strided_streams_give_the_same_result(view):
     }
     if view == "expanded":
         x = x[:, :1].expand(2, 7, 4, 16)
-    want = differentiate(pass_site(ops), site | {"x": x.contiguous()})
-    got = differentiate(lambda x, **rest: pass_site(ops)(views[view](x), **rest), site | {"x": x.contiguous()})
+    want = differentiate(pass_site(on), site | {"x": x.contiguous()})
+    got = differentiate(lambda x, **rest: pass_site(on)(views[view](x), **rest), site | {"x": x.contiguous()})
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
 
 
-def test_autocast_lowers_nothing():
+def test_autocast_lowers_nothing(on):
     site = make_site(4, 32)
-    want = differentiate(pass_linked_site, site)
+    want = differentiate(pass_linked_site(on), site)
     with torch.autocast("cpu", torch.bfloat16):
-        got = differentiate(pass_linked_site, site)
-        no_grad = pass_linked_site(**{name: tensor.detach() for name, tensor in site.items()})
+        got = differentiate(pass_linked_site(on), site)
+        no_grad = pass_linked_site(on)(**{name: tensor.detach() for name, tensor in site.items()})
     torch.testing.assert_close(no_grad, want["out0"], rtol=1e-6, atol=1e-6)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
 
 
-def test_the_same_run_twice_gives_the_same_bits():
+def test_the_same_run_twice_gives_the_same_bits(on):
     site = make_site(4, 64, lead=(3, 50), dtype=torch.bfloat16)
-    first, second = differentiate(pass_linked_site, site), differentiate(pass_linked_site, site)
+    first, second = differentiate(pass_linked_site(on), site), differentiate(pass_linked_site(on), site)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_frozen_streams_and_frozen_parameters_are_served():
+def test_frozen_streams_and_frozen_parameters_are_served(on):
     site = make_site(4, 16)
-    want = differentiate(pass_linked_site, site)
+    want = differentiate(pass_linked_site(on), site)
     for trained in (["phi", "bias", "alpha"], ["branch_out"], ["x"]):
         leaves = {name: t.clone().requires_grad_(name in trained) for name, t in site.items()}
-        pass_linked_site(**leaves).backward(
+        pass_linked_site(on)(**leaves).backward(
             torch.randn(want["out0"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
         )
         for name in trained:
             torch.testing.assert_close(leaves[name].grad, want[f"d_{name}"], rtol=1e-5, atol=1e-6)
 
 
-def test_a_checkpointed_site_has_the_same_gradients():
+def test_a_checkpointed_site_has_the_same_gradients(on):
     from torch.utils.checkpoint import checkpoint
 
     def run(x, phi, bias, alpha, branch_out):
-        return checkpoint(pass_two_sites(ops), x, phi, bias, alpha, branch_out, use_reentrant=False)
+        return checkpoint(pass_two_sites(on), x, phi, bias, alpha, branch_out, use_reentrant=False)
 
     site = make_site(4, 16)
-    want, got = differentiate(pass_two_sites(ops), site), differentiate(run, site)
+    want, got = differentiate(pass_two_sites(on), site), differentiate(run, site)
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
-def test_a_site_keeps_streams_once_branch_output_and_few_numbers_a_token():
+def test_a_site_keeps_streams_once_branch_output_and_few_numbers_a_token(on):
     n, num_channels, tokens = 4, 256, 32
     site = {name: t.requires_grad_() for name, t in make_site(n, num_channels, lead=(tokens,)).items()}
     saved: dict[int, int] = {}
@@ -193,35 +204,36 @@ def test_a_site_keeps_streams_once_branch_output_and_few_numbers_a_token():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        linked = ops.site_read(site["x"], site["phi"], site["bias"], site["alpha"])
-        ops.site_write(site["x"], site["branch_out"], linked)
+        linked = on.site_read(site["x"], site["phi"], site["bias"], site["alpha"])
+        on.site_write(site["x"], site["branch_out"], linked)
     parameters = sum(site[name].nbytes for name in ("phi", "bias", "alpha"))
     numbers_a_token = (n + 2) * n + 1 + n  # projections, 1/rms, h_post
     assert sum(saved.values()) <= parameters + 4 * tokens * (n * num_channels + num_channels + numbers_a_token)
 
 
-def _op_arguments():
+def _op_arguments(backend):
     x, phi, bias, alpha, branch_out = (t.requires_grad_() for t in make_site(4, 12, lead=(5,)).values())
     h_post, h_res = torch.rand(4, 5, requires_grad=True), torch.rand(4, 4, 5, requires_grad=True)
     link = torch.zeros(1).expand(x.shape).requires_grad_()
-    site, given, numbers = (x, phi, bias, alpha), (x.detach(), branch_out, h_post, h_res.detach()), (20, 1e-6, "torch")
+    site, given, numbers = (x, phi, bias, alpha), (x.detach(), branch_out, h_post, h_res.detach()), (20, 1e-6, backend)
     return {
-        "sinkhorn": (h_res, 20, "torch"),
+        "sinkhorn": (h_res, 20, backend),
         "coefficients": (*site, *numbers),
         "read": (*site, *numbers),
-        "pre": (x, h_post, "torch"),
-        "post_res": (x, branch_out, h_post, h_res, "torch"),
-        "write": (link, *given, "torch"),
+        "pre": (x, h_post, backend),
+        "post_res": (x, branch_out, h_post, h_res, backend),
+        "write": (link, *given, backend),
         "write_read": (link, *given, phi, bias, alpha, *numbers),
     }
 
 
-@pytest.mark.parametrize("name", _op_arguments())
-def test_registration_passes_opcheck(name):
-    torch.library.opcheck(getattr(registered, name), _op_arguments()[name])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("name", _op_arguments("torch"))
+def test_registration_passes_opcheck(name, backend):
+    torch.library.opcheck(getattr(registered, name), _op_arguments(backend)[name])
 
 
-def test_a_layer_compiles_without_a_graph_break_and_for_every_length_at_once():
+def test_a_layer_compiles_without_a_graph_break_and_for_every_length_at_once(on):
     torch._dynamo.reset()
     graphs = []
 
@@ -229,19 +241,19 @@ def test_a_layer_compiles_without_a_graph_break_and_for_every_length_at_once():
         graphs.append(module)
         return module.forward
 
-    compiled = torch.compile(pass_two_sites(ops), fullgraph=True, dynamic=True, backend=count)
+    compiled = torch.compile(pass_two_sites(on), fullgraph=True, dynamic=True, backend=count)
     for length in (5, 9, 17):
         site = make_site(4, 16, lead=(2, length))
-        want, got = differentiate(pass_two_sites(ops), site), differentiate(compiled, site)
+        want, got = differentiate(pass_two_sites(on), site), differentiate(compiled, site)
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
     assert len(graphs) == 1
 
 
-def test_compiled_gradients_through_aot_are_the_same():
+def test_compiled_gradients_through_aot_are_the_same(on):
     torch._dynamo.reset()
     site = make_site(4, 16)
-    compiled = torch.compile(pass_two_sites(ops), fullgraph=True, backend="aot_eager")
-    want, got = differentiate(pass_two_sites(ops), site), differentiate(compiled, site)
+    compiled = torch.compile(pass_two_sites(on), fullgraph=True, backend="aot_eager")
+    want, got = differentiate(pass_two_sites(on), site), differentiate(compiled, site)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)

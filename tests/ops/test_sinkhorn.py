@@ -1,5 +1,7 @@
 """Sinkhorn-Knopp: doubly stochastic, rows exact, finite at any logits, gradients of the unrolled iterations."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,17 +15,23 @@ from .sites import relative_error
 TOKENS = (700, 3)
 
 
+@pytest.fixture(params=["torch", "native"])
+def project(request):
+    """`sinkhorn_knopp` on one backend."""
+    return partial(ops.sinkhorn_knopp, backend=request.param)
+
+
 def _logits(n, tokens, scale):
     return scale * torch.randn(tokens, n, n, generator=torch.Generator().manual_seed(n))
 
 
 @pytest.mark.parametrize("n", range(2, 9))
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_values_and_gradients_match_the_float64_reference(n, tokens):
+def test_values_and_gradients_match_the_float64_reference(project, n, tokens):
     # float32 keeps 24 bits; 40 half-steps of n operations, errors adding like a walk: 6e-8 * sqrt(40 * n) < 2e-6
     logits = _logits(n, tokens, 2.0).requires_grad_()
     wide = logits.detach().double().requires_grad_()
-    got, want = ops.sinkhorn_knopp(logits), reference.sinkhorn_knopp(wide)
+    got, want = project(logits), reference.sinkhorn_knopp(wide)
     cotangent = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     got.backward(cotangent.float())
     want.backward(cotangent)
@@ -33,8 +41,8 @@ def test_values_and_gradients_match_the_float64_reference(n, tokens):
 
 @pytest.mark.parametrize("scale", [1.0, 10.0, 50.0])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_rows_sum_to_one_to_rounding(scale, tokens):
-    h_res = ops.sinkhorn_knopp(_logits(4, tokens, scale).clamp(-50, 50))
+def test_rows_sum_to_one_to_rounding(project, scale, tokens):
+    h_res = project(_logits(4, tokens, scale).clamp(-50, 50))
     assert (h_res.sum(-1) - 1).abs().max() < 1e-6
 
 
@@ -57,10 +65,10 @@ def _extreme_logits(n):
 
 @pytest.mark.parametrize("n", [2, 4, 8])
 @pytest.mark.parametrize("repeats", [1, 300])
-def test_extreme_logits_give_the_right_finite_values_and_finite_gradients(n, repeats):
+def test_extreme_logits_give_the_right_finite_values_and_finite_gradients(project, n, repeats):
     extreme, names = _extreme_logits(n)
     logits = extreme.repeat(repeats, 1, 1).requires_grad_()
-    got = ops.sinkhorn_knopp(logits)
+    got = project(logits)
     got.square().sum().backward()
     want = reference.sinkhorn_knopp(extreme.double())
     assert torch.isfinite(logits.grad).all()

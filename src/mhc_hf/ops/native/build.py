@@ -28,7 +28,7 @@ DTYPE_FLAGS = {
     torch.float16: ("-DSTREAM_BITS=16",),
 }
 # not -ffast-math: NaN and infinity must come out as what they are
-_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-Wno-psabi")
+_FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-Wno-psabi")
 _X86 = ("x86_64", "amd64", "i686")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _TIMEOUT_SECONDS = 300
