@@ -93,7 +93,7 @@ def test_doctor_prints_versions_devices_backend_and_families(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert f"torch           {torch.__version__}" in lines
     assert f"mhc-hf          {mhc_hf.__version__}" in lines
-    assert any(line.startswith("device          cpu") and "backend torch, since" in line for line in lines)
+    assert any(line.startswith("device          cpu") and "backend native, since" in line for line in lines)
     assert lines[-1].split(maxsplit=1) == ["families", ", ".join(supported_families())]
 
 

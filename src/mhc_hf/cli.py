@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_REASONS = {"native": "there is a C compiler to make it", "triton": "the kernels can run here"}
 _PACKAGES = ("mhc-hf", "torch", "transformers", "safetensors", "huggingface_hub", "triton", "accelerate", "peft")
 
 
@@ -143,7 +144,7 @@ def _devices() -> list[str]:
     """A line for each device: its name, and which backend "auto" takes there and why."""
     import torch
 
-    from .ops.backends import choose_backend, explain_no_triton
+    from .ops.backends import choose_backend, explain_no_backend
 
     found = {"cpu": f"cpu ({torch.get_num_threads()} threads)"}
     for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
@@ -156,7 +157,8 @@ def _devices() -> list[str]:
         # streams as a model of 4 would have them
         streams = torch.empty(1, 4, 8, device=device)
         chosen = choose_backend("auto", streams, n=4)
-        why = explain_no_triton(streams, n=4) or "the kernels can run here"
+        fast = "native" if streams.device.type == "cpu" else "triton"
+        why = explain_no_backend(fast, streams, n=4) or _REASONS[fast]
         lines.append(f"{name}: backend {chosen}, since {why}")
     return lines
 

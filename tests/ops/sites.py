@@ -13,7 +13,6 @@ from torch import Tensor
 from mhc_hf import ops
 from mhc_hf.ops import reference
 
-
 PUBLIC_OPS = tuple(name for name in ops.__all__ if callable(getattr(ops, name)) and name != "SiteRead")
 
 

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from mhc_hf import ops
 from mhc_hf.ops import reference, registered
 
 from .sites import bind_ops, differentiate, make_site, pass_site, relative_error, widen

@@ -2,14 +2,15 @@
 
 One library for each number of streams and dtype of them: it takes about a second, once on a machine. Libraries lie in
 a folder of the user's own, under a name made of all that decides their content, so that a home shared between machines
-is no trouble; they are written under another name and renamed, so that processes may build at once. A library ends with
-its own checksum, and what fails it, or belongs to someone else, is not loaded but made again.
+is no trouble; they are written under another name and renamed, so that processes may build at once. The name ends with
+a checksum of the file, and what fails it, or belongs to someone else, is not loaded but made again.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -29,8 +30,8 @@ DTYPE_FLAGS = {
 }
 # not -ffast-math: NaN and infinity must come out as what they are
 _FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-Wno-psabi")
+_OPENMP = re.compile(r"lib[gi]?omp")
 _X86 = ("x86_64", "amd64", "i686")
-_DIGEST_BYTES = hashlib.sha256().digest_size
 _TIMEOUT_SECONDS = 300
 
 
@@ -65,18 +66,13 @@ def load_library(n: int, dtype: torch.dtype) -> ctypes.CDLL:
         wanted = f"`CC`={os.environ['CC']!r} names none" if os.environ.get("CC") else "there is no cc, gcc or clang"
         raise NativeBuildError(f"no C compiler was found: {wanted} (install gcc or clang, or set CC)")
     command = (*compiler, *_FLAGS, _tune_flag(), f"-DSTREAMS={n}", *DTYPE_FLAGS[dtype])
-    name = f"n{n}-{str(dtype).removeprefix('torch.')}-{_make_key(command)}.so"
+    name = f"n{n}-{str(dtype).removeprefix('torch.')}-{_make_key(command)}"
     folder = find_cache_folder()
     if folder is not None:
-        path = folder / name
-        if not _is_intact(path):
-            _build(command, path)
-        return _load(path)
+        return _load(_find_intact(folder, name) or _build(command, folder, name))
     # nowhere to keep it: a folder of our own, which need not outlive the loading
     with tempfile.TemporaryDirectory(prefix="mhc_hf-") as temporary:
-        path = Path(temporary) / name
-        _build(command, path)
-        return _load(path)
+        return _load(_build(command, Path(temporary), name))
 
 
 @cache
@@ -90,7 +86,7 @@ def find_compiler() -> tuple[str, ...] | None:
 
 
 def find_cache_folder() -> Path | None:
-    """$XDG_CACHE_HOME/mhc_hf or ~/.cache/mhc_hf, made if need be; None unless it is the user's alone and can be written."""
+    """$XDG_CACHE_HOME/mhc_hf or ~/.cache/mhc_hf, made if need be; None unless the user alone can write to it."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = root / "mhc_hf"
@@ -120,32 +116,35 @@ def _make_key(command: tuple[str, ...]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _build(command: tuple[str, ...], path: Path) -> None:
-    """Compile to a temporary name, append the checksum, rename to `path`."""
+def _build(command: tuple[str, ...], folder: Path, name: str) -> Path:
+    """Compile to a temporary name and rename to one with the checksum."""
     try:
-        handle, temporary = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=name, suffix=".tmp", dir=folder)
         os.close(handle)
         try:
             _run([*command, "-shared", "-o", temporary, str(SOURCES / "mhc.c"), "-lm"])
-            content = Path(temporary).read_bytes()
-            with open(temporary, "ab") as file:
-                file.write(hashlib.sha256(content).digest())
+            path = folder / f"{name}-{_compute_checksum(Path(temporary))}.so"
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
-        raise NativeBuildError(f"{path} could not be written: {error}") from error
+        raise NativeBuildError(f"nothing could be written to {folder}: {error}") from error
+    return path
 
 
-def _is_intact(path: Path) -> bool:
-    """Whether a library is there, the user's own, and ends with the checksum of the rest."""
-    try:
-        if path.stat().st_uid != os.getuid():
-            return False
-        content = path.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+def _find_intact(folder: Path, name: str) -> Path | None:
+    """A library of this name that is the user's own and has the checksum it names."""
+    for path in folder.glob(f"{name}-*.so"):
+        try:
+            if path.stat().st_uid == os.getuid() and path.stem == f"{name}-{_compute_checksum(path)}":
+                return path
+        except OSError:
+            continue
+    return None
+
+
+def _compute_checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -165,7 +164,7 @@ def _find_parallel_region() -> ctypes.c_void_p | None:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    paths = dict.fromkeys(line.split(maxsplit=5)[-1] for line in lines if "omp" in line.rpartition("/")[2])
+    paths = dict.fromkeys(line.split(maxsplit=5)[-1] for line in lines if _OPENMP.match(line.rpartition("/")[2]))
     # another package may have brought one of its own
     beside_torch = str(Path(torch.__file__).parent)
     for path in sorted(paths, key=lambda path: not path.startswith(beside_torch)):
