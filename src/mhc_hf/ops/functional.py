@@ -276,11 +276,11 @@ def _match(x: Tensor, *parameters: Tensor) -> list[Tensor]:
 
 def _flatten_tokens(x: Tensor) -> Tensor:
     """[..., n, C] -> [T, n, C], copied only where strides leave no other way."""
-    return x.reshape(-1, *x.shape[-2:]).contiguous()
+    return x.flatten(0, -3).contiguous()
 
 
 def _flatten_branch(branch_out: Tensor) -> Tensor:
-    return branch_out.reshape(-1, branch_out.shape[-1]).contiguous()
+    return branch_out.flatten(0, -2).contiguous()
 
 
 def _unflatten_branch(branch: Tensor, x: Tensor) -> Tensor:

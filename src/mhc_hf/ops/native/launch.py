@@ -6,8 +6,8 @@ branch tensors float32, bfloat16 or float16, the rest float32.
 """
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -146,21 +146,18 @@ def _read(x, written, phi, bias, alpha, num_iters, norm_eps, branch_in, h_pre) -
 def _run_sinkhorn(logits: Tensor, grad: Tensor | None, num_iters: int) -> Tensor:
     n, _, num_tokens = logits.shape
     out = torch.empty_like(logits)
-    functions = _load_functions(n, torch.float32)
+    function = _load_functions(n, torch.float32)["sinkhorn"]
     iters = num_iters, count_log_iters(n, num_iters)
-    _check(functions.sinkhorn(torch.get_num_threads(), num_tokens, *iters, *map(_point, (logits, grad, out))))
+    addresses = logits.data_ptr(), None if grad is None else grad.data_ptr(), out.data_ptr()
+    _check(function(torch.get_num_threads(), num_tokens, *iters, *addresses))
     return out
 
 
 def _call(x: Tensor, name: str, *arguments: Tensor | int | float | None) -> None:
     """Call a function of the library for streams like `x`, with tensors as their addresses."""
     num_tokens, n, num_channels = x.shape
-    function = getattr(_load_functions(n, x.dtype), name)
-    _check(function(torch.get_num_threads(), num_tokens, num_channels, *map(_point, arguments)))
-
-
-def _point(argument: Tensor | int | float | None) -> int | float | None:
-    return argument.data_ptr() if isinstance(argument, Tensor) else argument
+    addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    _check(_load_functions(n, x.dtype)[name](torch.get_num_threads(), num_tokens, num_channels, *addresses))
 
 
 def _check(failed: int) -> None:
@@ -169,12 +166,12 @@ def _check(failed: int) -> None:
 
 
 @cache
-def _load_functions(n: int, dtype: torch.dtype) -> SimpleNamespace:
+def _load_functions(n: int, dtype: torch.dtype) -> dict[str, Callable[..., int]]:
     """The library's functions with their signatures, by name."""
     library = load_library(n, dtype)
-    functions = SimpleNamespace()
+    functions = {}
     for name, signature in _SIGNATURES.items():
         function = getattr(library, f"mhc_{name}")
         function.argtypes, function.restype = signature, ctypes.c_int
-        setattr(functions, name, function)
+        functions[name] = function
     return functions
