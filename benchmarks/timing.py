@@ -72,7 +72,7 @@ def compute_ratio(seconds: list[float], base_seconds: list[float]) -> dict[str, 
 
 def compute_quartiles(values: list[float]) -> list[float]:
     """First quartile, median and third."""
-    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
 def measure_copy_rate(num_bytes: int, device: torch.device, num_rounds: int = 20) -> float:
