@@ -1,9 +1,10 @@
 """Pictures of the benches' JSON for docs/: `python benchmarks/plot.py`
 
-    python benchmarks/plot.py [--results FOLDER] [--device cpu | cuda] [--output docs]
+    python benchmarks/plot.py [--gpu benchmarks/results/gpu-DEVICE.json] [--output docs]
 
 bench-ops.png: a site beside its peers, as many times as fast as transformers' eager module. bench-model.png: a widened
-model beside its base. Only ratios within one run are drawn, and every axis starts at zero.
+model beside its base. With a result of `measure_gpu.py` bench-ops-gpu.png and bench-model-gpu.png. Only ratios within
+one run are drawn, and every axis starts at zero.
 """
 
 import argparse
@@ -27,19 +28,25 @@ KINDS = {"fwd": "forward", "fwd+bwd": "forward + backward"}
 def main() -> None:
     """Draw what there is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=DOCS)
+    parser.add_argument("--gpu", type=Path, help="a result of measure_gpu.py, in place of the CPU's")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder of the pictures")
     arguments = parser.parse_args()
+    if arguments.gpu:
+        parts = read(arguments.gpu)
+        ops, models = [parts["ops"]], [parts[name] for name in ("model 1b", "model 8b") if name in parts]
+    else:
+        ops = [read(RESULTS / "ops-cpu.json")]
+        models = [read(path) for path in sorted(RESULTS.glob("model-*-cpu.json"))]
+    suffix = "-gpu" if arguments.gpu else ""
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, pattern, draw in (
-        ("bench-ops", f"ops-{arguments.device}.json", plot_ops),
-        ("bench-model", f"model-*-{arguments.device}.json", plot_models),
-    ):
-        reports = [json.loads(path.read_text()) for path in sorted(arguments.results.glob(pattern))]
-        if reports:
-            save_figure(draw(reports), arguments.output / f"{name}.png")
-            print(arguments.output / f"{name}.png")
+    for name, reports, plot in (("bench-ops", ops, plot_ops), ("bench-model", models, plot_models)):
+        path = arguments.output / f"{name}{suffix}.png"
+        save_figure(plot(reports), path)
+        print(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 def plot_ops(reports: list[dict[str, Any]]) -> Any:
@@ -78,6 +85,7 @@ def plot_models(reports: list[dict[str, Any]]) -> Any:
                 if name in ratios:
                     draw_bar(axes, position, index, len(names), ratios[name], name, labelled=position == 0)
         frame(axes, [describe_model(report) for report in reports], title)
+        axes.set_xlim(-0.6, len(reports) - 0.4)
         axes.legend(frameon=False, fontsize=7, loc="upper left")
     return figure
 
@@ -85,22 +93,23 @@ def plot_models(reports: list[dict[str, Any]]) -> Any:
 def collect_ratios(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Panel -> widened model -> ratio to the base."""
     panels = {
-        "time of a step (lower is better)": report["step"],
-        "time of a layer (lower is better)": report.get("layer"),
+        "time of a step\n(lower is better)": report["step"],
+        "time of a layer\n(lower is better)": report.get("layer"),
     }
-    panels |= {f"tokens a second, batch {b} (higher is better)": rows for b, rows in report["decode"].items()}
+    panels |= {f"tokens a second, batch {b}\n(higher is better)": rows for b, rows in report["decode"].items()}
     found = {
         title: {name: row["of_base"]["median"] for name, row in rows.items() if not name.startswith("base")}
         for title, rows in panels.items()
         if rows
     }
     memory = {name: row["of_base"] for name, row in report["memory"].items() if name != "base" and row["of_base"]}
-    return found | ({"peak memory of a step (lower is better)": memory} if memory else {})
+    return found | ({"peak memory of a step\n(lower is better)": memory} if memory else {})
 
 
 def draw_bar(axes: Any, position: int, index: int, count: int, ratio: float, name: str, *, labelled: bool) -> None:
     """One bar of a group, its number on top."""
-    width = 0.86 / count
+    # a bar alone is no wider than one of three
+    width = 0.86 / max(3, count)
     x = position + (index - (count - 1) / 2) * width
     compiled = name.endswith("compiled")
     plain = name.removesuffix("compiled").rstrip(", ")
