@@ -54,7 +54,7 @@ def plot_ops(reports: list[dict[str, Any]]) -> Any:
     report = reports[0]
     cells = report["results"]
     names = list(dict.fromkeys(name for cell in cells for name, row in cell["contenders"].items() if "fwd" in row))
-    figure = pyplot.figure(figsize=(max(9.0, 2.2 + 1.1 * len(cells)), 6.4), layout="constrained")
+    figure = pyplot.figure(figsize=(max(9.0, 0.26 * len(names) * len(cells)), 6.4), layout="constrained")
     figure.suptitle(f"One site beside the alternatives: {describe(report)}", fontsize=12)
     panels = figure.subplots(len(KINDS), 1)
     for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
@@ -85,7 +85,6 @@ def plot_models(reports: list[dict[str, Any]]) -> Any:
                 if name in ratios:
                     draw_bar(axes, position, index, len(names), ratios[name], name, labelled=position == 0)
         frame(axes, [describe_model(report) for report in reports], title)
-        axes.set_xlim(-0.6, len(reports) - 0.4)
         axes.legend(frameon=False, fontsize=7, loc="upper left")
     return figure
 
@@ -132,6 +131,7 @@ def frame(axes: Any, groups: list[str], title: str) -> None:
     """From zero up, a line at one, a name a group, room for the legend."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
+    axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.axhline(1, color="black", linewidth=0.7, alpha=0.6)
     axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
     axes.spines[["top", "right"]].set_visible(False)
@@ -146,7 +146,7 @@ def describe(report: Mapping[str, Any]) -> str:
 
 
 def describe_cell(cell: Mapping[str, Any]) -> str:
-    return f"{cell['dtype'].removeprefix('torch.')}, n = {cell['n']}\nT = {cell['T']}, C = {cell['C']}"
+    return f"{cell['dtype'].removeprefix('torch.')}, n = {cell['n']}\nT = {cell['T']}\nC = {cell['C']}"
 
 
 def describe_model(report: Mapping[str, Any]) -> str:
