@@ -10,6 +10,7 @@ benchmarks/results/. Weights are random: what they cost does not depend on what 
 """
 
 import argparse
+import copy
 import ctypes
 import sys
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from timing import (
     write_report,
 )
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mhc_hf import HyperConnection, MHCForCausalLM
@@ -105,7 +106,8 @@ def make_models(arguments, depth: int, device, dtype) -> dict[str, PreTrainedMod
         pad_token_id=0,
     )
     with torch.device(device):
-        base = LlamaForCausalLM(config).to(dtype).train()
+        # made in its dtype, not cast to it, which would round the rotary frequencies too
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     widen = MHCForCausalLM.from_base
     return {
         "base": base,
@@ -133,9 +135,7 @@ def check(models: dict[str, PreTrainedModel], tokens: Tensor) -> dict[str, Any]:
     The rule: no farther than twice the base's own distance, which is the rounding of its dtype.
     """
     wider = torch.float64 if next(models["base"].parameters()).dtype == torch.float32 else torch.float32
-    truth = LlamaForCausalLM(models["base"].config)
-    truth.load_state_dict(models["base"].state_dict())
-    truth.to(tokens.device, wider)
+    truth = copy.deepcopy(models["base"]).to(wider)
     want = differentiate(truth, tokens)
     errors = {}
     for name, model in models.items():

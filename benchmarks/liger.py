@@ -15,14 +15,16 @@ from mhc_hf.ops.backends import explain_no_triton
 
 def explain_no_liger(x: Tensor, n: int) -> str | None:
     """Why Liger's ops cannot run on streams like `x`; None where they can."""
+    # what our kernels need, it needs
+    if reason := explain_no_triton(x, n):
+        return reason
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed (pip install liger-kernel)"
     if find_spec("liger_kernel.ops.mhc") is None:
         return "this liger-kernel has no mHC ops; 0.8.5 has"
     if n & (n - 1):
         return f"Liger's kernels take n = 2, 4, 8, not {n}"
-    # it needs what our kernels need
-    return explain_no_triton(x, n)
+    return None
 
 
 def make_liger_site(parameters: tuple[Tensor, Tensor, Tensor], x: Tensor, eps: float) -> Callable[[Tensor], Tensor]:

@@ -32,8 +32,8 @@ CHECK = ["-m", "tests.ops.on_device"]
 COMMANDS = {
     "kernels": ["benchmarks/bench_kernels.py"],
     "ops": ["benchmarks/bench_ops.py", "--rounds", "20"],
-    "model 1b": ["benchmarks/bench_model.py", "--shape", "1b", "--decode-tokens", "32"],
-    "model 8b": ["benchmarks/bench_model.py", "--shape", "8b", "--decode-tokens", "32"],
+    "model-1b": ["benchmarks/bench_model.py", "--shape", "1b", "--decode-tokens", "32"],
+    "model-8b": ["benchmarks/bench_model.py", "--shape", "8b", "--decode-tokens", "32"],
 }
 PARTS = ("checks", *COMMANDS)
 # the same, for the interpreter, whose time is Sinkhorn's: with few streams
@@ -43,7 +43,7 @@ _TINY_MODEL = ["--shape", "tiny", "--layers", "2", "1", "--batch", "1", "--conte
 REHEARSALS = {
     "kernels": [*COMMANDS["kernels"], *_TINY, *_TINY_OP],
     "ops": [*COMMANDS["ops"][:1], *_TINY, *_TINY_OP, "--eager"],
-    "model tiny": ["benchmarks/bench_model.py", *_TINY, *_TINY_MODEL, "--decode-tokens", "4", "--decode-batch", "1"],
+    "model-tiny": ["benchmarks/bench_model.py", *_TINY, *_TINY_MODEL, "--decode-tokens", "4", "--decode-batch", "1"],
 }
 
 
@@ -172,7 +172,7 @@ def judge(report: dict[str, Any]) -> list[dict[str, Any]]:
                 what = f"T = {cell['T']}, C = {cell['C']}, {kind}: times as fast as {best}, the best peer"
                 claim(what, ratio, ratio > 1, "> 1")
 
-    for part in ("model 1b", "model 8b", "model tiny"):
+    for part in ("model-1b", "model-8b", "model-tiny"):
         found = report.get(part, {})
         layer, most = found.get("layer", {}).get("widened"), TARGETS["layer"]
         if layer:

@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.gpu:
         parts = read(arguments.gpu)
-        ops, models = [parts["ops"]], [parts[name] for name in ("model 1b", "model 8b") if name in parts]
+        ops, models = [parts["ops"]], [parts[name] for name in ("model-1b", "model-8b") if name in parts]
     else:
         ops = [read(RESULTS / "ops-cpu.json")]
         models = [read(path) for path in sorted(RESULTS.glob("model-*-cpu.json"))]

@@ -35,13 +35,13 @@ def rehearsal(tmp_path_factory):
 @pytest.mark.slow
 def test_the_gpu_command_runs_every_part_and_judges_it(rehearsal):
     assert set(rehearsal["machine"]) == MACHINE and "--rehearse" in rehearsal["command"]
-    assert {"checks", "kernels", "ops", "model tiny", "seconds"} <= set(rehearsal)
+    assert {"checks", "kernels", "ops", "model-tiny", "seconds"} <= set(rehearsal)
     assert not [part for part in rehearsal.values() if isinstance(part, dict) and "failed" in part]
     passed = {line["claim"] for line in rehearsal["verdict"] if line["passed"]}
     assert {
         "every op is right, n = 3",
         "the same run twice gives the same bits",
-        "model tiny: logits and gradients are the base's",
+        "model-tiny: logits and gradients are the base's",
     } <= passed
 
 
@@ -62,7 +62,7 @@ def test_every_contender_has_an_error_and_times_or_a_reason(rehearsal):
 
 @pytest.mark.slow
 def test_a_model_is_compared_in_time_memory_and_decoding(rehearsal):
-    model = rehearsal["model tiny"]
+    model = rehearsal["model-tiny"]
     assert model["check"]["passed"]
     names = {"base", "widened", "widened, recompute"}
     assert set(model["step"]) == set(model["layer"]) == set(model["memory"]) == names
@@ -141,23 +141,23 @@ def test_the_verdict_holds_figures_against_what_is_aimed_at(bench):
         "checks": {"4": {"cases": {"layer": {"passed": False}, "pre": {"passed": True}}}, "5": {"failed": 1}},
         "kernels": {"same_bits": True, "kernels": [launch, launch | {"rows": 0}], "site_us": {"forward": 249.0}},
         "ops": {"results": [{"T": 1, "C": 2, "contenders": {"mhc_hf triton": ours, "liger": liger}}]},
-        "model 8b": {"check": {"passed": True}, "layer": {"widened": {"of_base": {"median": 1.07}}}},
-        "model 1b": {"failed": 1},
+        "model-8b": {"check": {"passed": True}, "layer": {"widened": {"of_base": {"median": 1.07}}}},
+        "model-1b": {"failed": 1},
     }
     found = {line["claim"]: line["passed"] for line in measure_gpu.judge(report)}
     assert found == {
         "every op is right, n = 4": False,
         "every op is right, n = 5": False,
-        "model 8b: logits and gradients are the base's": True,
-        "model 1b: logits and gradients are the base's": False,
+        "model-8b: logits and gradients are the base's": True,
+        "model-1b: logits and gradients are the base's": False,
         "the same run twice gives the same bits": True,
         "a CUDA graph too": None,
         "another sequence length compiles nothing": None,
         "write, forward: part of a copy's rate": False,
         "forward of a site with its norm, us": True,
         "T = 1, C = 2, fwd: times as fast as liger, the best peer": False,
-        "model 8b: a layer, times the base's": False,
-        "model 1b ran to its end": False,
+        "model-8b: a layer, times the base's": False,
+        "model-1b ran to its end": False,
     }
 
 
@@ -174,3 +174,12 @@ def test_pictures_show_the_ratios_of_the_results(bench, tmp_path):
     reports = [json.loads((RESULTS / "model-small-cpu.json").read_text())]
     step = plot.plot_models(reports).axes[0]
     assert reports[0]["step"]["widened"]["of_base"]["median"] in {patch.get_height() for patch in step.patches}
+
+
+def test_the_documentation_shows_the_results_as_they_were_printed(bench, capsys):
+    for cell in json.loads((RESULTS / "ops-cpu.json").read_text())["results"]:
+        bench("bench_ops").print_table({name: cell[name] for name in ("T", "n", "C", "dtype")}, cell["contenders"])
+    bench("bench_model").print_results(json.loads((RESULTS / "model-small-cpu.json").read_text()))
+    documented = (ROOT / "docs" / "benchmarks.md").read_text()
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in documented
