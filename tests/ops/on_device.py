@@ -88,7 +88,7 @@ def check_direction(n, device):
     x, zeros = torch.randn(3, n, 32, device=device), torch.zeros(3, n, n, device=device)
     h_res = zeros.clone()
     h_res[:, -1, 0] = 1
-    out = on_triton["mhc_post_res"](x, torch.zeros_like(x[:, 0]), zeros[..., 0].contiguous(), h_res)
+    out = on_triton.mhc_post_res(x, torch.zeros_like(x[:, 0]), zeros[..., 0].contiguous(), h_res)
     return torch.equal(out[:, -1], x[:, 0]) and not out[:, :-1].any().item()
 
 
