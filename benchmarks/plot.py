@@ -65,7 +65,8 @@ def plot_ops(reports: list[dict[str, Any]]) -> Any:
                     ratio = base[kind]["median_ms"] / row[kind]["median_ms"]
                     draw_bar(axes, position, index, len(names), ratio, name, labelled=position == 0)
         frame(axes, [describe_cell(cell) for cell in cells], f"{title}: times as fast as transformers' eager module")
-    panels[0].legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     return figure
 
 
@@ -133,7 +134,7 @@ def frame(axes: Any, groups: list[str], title: str) -> None:
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.axhline(1, color="black", linewidth=0.7, alpha=0.6)
-    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
