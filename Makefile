@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint bench demo-clean clean
+.PHONY: demo test lint bench bench-gpu demo-clean clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,8 +25,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)
+bench: $(INSTALLED)  ## a site beside its peers, a widened model beside its base
 	$(BIN)/python benchmarks/bench_ops.py
+	$(BIN)/python benchmarks/bench_model.py
+
+bench-gpu: $(INSTALLED)  ## everything that is claimed of a GPU, measured and judged
+	$(BIN)/python benchmarks/measure_gpu.py
 
 demo-clean:
 	rm -rf demo

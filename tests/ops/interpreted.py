@@ -59,14 +59,14 @@ def compare_alone(name, site):
     return compare(getattr(on_triton, name), getattr(reference, name), arguments[name])
 
 
-def run_extremes():
+def run_extremes(device="cpu"):
     """Logits of +-1e4, one dominating, an empty row: distance from float64, and whether gradients are finite."""
     n = 4
     logits = torch.zeros(4, n, n)
     logits[0] = 1e4 * torch.sign(torch.randn(n, n, generator=torch.Generator().manual_seed(7)))
     logits[1, 0, 1] = 1e4
     logits[2, 0], logits[3, :, 0] = -1e4, -1e4
-    logits.requires_grad_()
+    logits = logits.to(device).requires_grad_()
     got = on_triton.sinkhorn_knopp(logits)
     got.square().sum().backward()
     error = (got.detach().double() - reference.sinkhorn_knopp(logits.detach().double())).abs().max().item()

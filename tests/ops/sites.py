@@ -58,8 +58,9 @@ def differentiate(function, site: dict[str, Tensor], seed: int = 1) -> dict[str,
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """|got - want| / |want|, Euclidean, in float64; NaN counts as infinite."""
-    difference = torch.linalg.vector_norm(got.double().cpu() - want.double())
-    error = (difference / torch.linalg.vector_norm(want.double()).clamp_min(1e-30)).item()
+    want = want.double().cpu()
+    difference = torch.linalg.vector_norm(got.double().cpu() - want)
+    error = (difference / torch.linalg.vector_norm(want).clamp_min(1e-30)).item()
     return error if error == error else float("inf")
 
 

@@ -232,6 +232,18 @@ def test_registration_passes_opcheck(name, backend):
     torch.library.opcheck(getattr(registered, name), _op_arguments(backend)[name])
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 40])
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_results_are_contiguous_as_the_compiler_is_told(num_tokens, copies, backend):
+    site = make_site(4, 12, lead=(num_tokens,))
+    x = site["x"][:, :1].expand(-1, 4, -1).contiguous() if copies else site["x"]
+    *results, link = registered.read(x, site["phi"], site["bias"], site["alpha"], 20, 1e-6, backend)
+    branch_in, h_post, h_res, *_ = results
+    results.append(registered.write(link, x, branch_in, h_post, h_res, backend))
+    assert all(result.is_contiguous() for result in results)
+
+
 def test_a_layer_compiles_without_a_graph_break_and_for_every_length_at_once(on):
     torch._dynamo.reset()
     graphs = []
