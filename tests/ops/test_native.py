@@ -234,17 +234,16 @@ def test_two_processes_may_build_at_once(fresh_build):
     assert all(path.suffix == ".so" for path in fresh_build.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "empty"])
-def test_a_damaged_library_is_made_again(damage, fresh_build):
+def test_a_damaged_library_is_made_again(fresh_build):
     fresh_build.mkdir(mode=0o700)
     command = (*build.find_compiler(), *build._FLAGS, build._tune_flag(), "-DSTREAMS=2", *build.DTYPE_FLAGS[X.dtype])
     name = f"n2-float32-{build._make_key(command)}"
     path = build._build(command, fresh_build, name)
     intact = path.read_bytes()
     middle = len(intact) // 2
-    changed = intact[:middle] + bytes([intact[middle] ^ 255]) + intact[middle + 1 :]
-    path.unlink()
-    path.write_bytes({"truncated": intact[:-100], "changed": changed, "empty": b""}[damage])
+    for damaged in (intact[:-100], intact[:middle] + bytes([intact[middle] ^ 255]) + intact[middle + 1 :], b""):
+        path.write_bytes(damaged)
+        assert build._find_intact(fresh_build, name) is None
     torch.testing.assert_close(collapse(X, backend="native"), X.mean(-2))
     assert [file.read_bytes() == intact for file in fresh_build.iterdir()] == [True]
 
@@ -259,10 +258,9 @@ def test_a_file_of_someone_else_is_not_loaded(fresh_build, monkeypatch):
     assert build.find_cache_folder() is None
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o770])
-def test_a_folder_that_others_can_write_to_is_not_used(mode, fresh_build):
+def test_a_folder_that_others_can_write_to_is_not_used(fresh_build):
     fresh_build.mkdir()
-    fresh_build.chmod(mode)
+    fresh_build.chmod(0o770)
     torch.testing.assert_close(collapse(X, backend="native"), X.mean(-2))
     assert list(fresh_build.iterdir()) == []
 

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .native import build
+
 BACKENDS = ("auto", "torch", "native", "triton")
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -77,8 +79,6 @@ def _explain_no_kernel(x: Tensor, n: int) -> str | None:
 # a compiler that traces the ops is to ask once, not to look into the building
 @torch.compiler.assume_constant_result
 def _explain_no_library(n: int, dtype: torch.dtype) -> str | None:
-    from .native import build
-
     return build.explain_no_library(n, dtype)
 
 

@@ -21,8 +21,8 @@ def check_parameters(x: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor) -> Non
     """Shapes follow from n and C of `x`; float32 always, float64 too where `x` is."""
     n, num_channels = x.shape[-2:]
     num_rows = (n + 2) * n
-    expected = {"phi": (phi, (num_rows, n * num_channels)), "bias": (bias, (num_rows,)), "alpha": (alpha, (3,))}
-    for name, (parameter, shape) in expected.items():
+    expected = (("phi", phi, (num_rows, n * num_channels)), ("bias", bias, (num_rows,)), ("alpha", alpha, (3,)))
+    for name, parameter, shape in expected:
         if parameter.shape != shape:
             raise ValueError(
                 f"`{name}` must be {list(shape)} for `x` of {n} streams and {num_channels} channels, "

@@ -114,7 +114,7 @@ def mhc_post_res(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor, *
     check_maps(x, h_post=h_post, h_res=h_res)
     chosen = choose_backend(backend, x, x.shape[-2])
     arguments = (_flatten_tokens(x), _flatten_branch(branch_out), _flatten_map(h_post, x), _flatten_map(h_res, x))
-    return _call("post_res", chosen, *arguments).view(x.shape)
+    return _call("post_res", chosen, *arguments).view_as(x)
 
 
 def mhc_pre_branch(
@@ -193,7 +193,7 @@ def site_write(x: Tensor, branch_out: Tensor, site: SiteRead, *, backend: Backen
         x_next = _call("post_res", chosen, *arguments)
     else:
         x_next = registered.write(site.link, *arguments, chosen)
-    return x_next.view(x.shape)
+    return x_next.view_as(x)
 
 
 def site_write_read(
@@ -244,7 +244,7 @@ def site_write_read(
     else:
         x_next, branch_in, h_post, h_res, _, _, *link = registered.write_read(site.link, *arguments, chosen)
     branch_in = _unflatten_branch(branch_in, x)
-    return x_next.view(x.shape), SiteRead(branch_in, h_post, h_res, link[0] if link else None)
+    return x_next.view_as(x), SiteRead(branch_in, h_post, h_res, link[0] if link else None)
 
 
 def _call(name: str, backend: str, *arguments: Any) -> Any:

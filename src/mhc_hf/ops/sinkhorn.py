@@ -6,6 +6,7 @@ sums run over dimension 0, or rows, its sums run over dimension 1.
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ _FEW = 2048
 _BLOCK = 4096
 
 
+@cache
 def count_log_iters(n: int, num_iters: int) -> int:
     """How many of the first iterations must run on logarithms so that float32 loses nothing in the others.
 

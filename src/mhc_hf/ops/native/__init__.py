@@ -1,1 +1,1 @@
-"""C for CPUs, compiled on first use, and its launchers. Imported on first use only: `launch` is what the ops call."""
+"""C for CPUs: `build` compiles it on first use, `launch` is what the ops call."""
