@@ -271,16 +271,23 @@ def plot_curves(
         log_scale: panels whose y axis is logarithmic.
         xlabel: what x is.
     """
-    figure = _require_matplotlib().figure(figsize=(4.1 * len(panels), 3.9), layout="constrained")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _require_matplotlib().figure(figsize=(4.6 * columns, 3.4 * rows + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=12)
-    for axes, (name, models) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, models) in zip(grid.flat, panels.items(), strict=False):
         for model, curves in models.items():
             for curve in curves:
                 axes.plot(*zip(*curve, strict=True), color=colors[model], alpha=0.3, linewidth=0.8)
             shortest = min(map(len, curves))
             mean = np.mean([np.array(curve[:shortest]) for curve in curves], 0)
             axes.plot(mean[:, 0], mean[:, 1], color=colors[model], linewidth=1.8, label=model)
-        axes.set(title=name, xlabel=xlabel, yscale="log" if name in log_scale else "linear")
+        axes.set(title=name, xlabel=xlabel)
+        if name in log_scale:
+            _make_logarithmic(axes)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -314,6 +321,16 @@ def _frame_gains(axes: Any, values: Sequence[float]) -> None:
         axes.set_yscale("log")
     else:
         axes.set_ylim(min(0.9, low - 0.05), max(1.1, high + 0.05))
+
+
+def _make_logarithmic(axes: Any) -> None:
+    """A logarithmic y axis that says so, with numbers as one writes them."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.set_ylabel("logarithmic scale", fontsize=8)
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
 def _finish_depth(axes: Any, sites: Sequence[str]) -> None:
