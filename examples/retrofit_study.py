@@ -45,12 +45,11 @@ KINDS = ("base", "copies", "orthogonal", "uniform")
 STARTS = ("copies", "orthogonal")
 COLORS = {"base": "#7f7f7f", "copies": "#e69f00", "orthogonal": "#0072b2", "uniform": "#d55e00"}
 TUNINGS = ("full", "LoRA")
-LOOKS = 8
 
 
 def add_tuning_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """What a retrofit takes, beside the model and its text."""
-    add_arguments(parser, **{"layers": 6, "hidden": 64, "steps": 400} | defaults)
+    add_arguments(parser, **{"layers": 6, "hidden": 64, "steps": 500} | defaults)
     parser.add_argument("--pretrain-steps", type=int, default=1500)
     parser.add_argument("--pretrain-lr", type=float, default=2e-3)
     parser.add_argument("--lr", type=float, default=5e-4, help="learning rate in full")
@@ -90,8 +89,10 @@ def widen(base: PreTrainedModel, kind: str, args: argparse.Namespace) -> PreTrai
     return model.to(choose_device())
 
 
-def tune(base: PreTrainedModel, kind: str, tuning: str, seed: int, tokens: dict, args: argparse.Namespace) -> dict:
-    """Fine-tune one model.
+def tune(
+    base: PreTrainedModel, kind: str, tuning: str, seed: int, tokens: dict, args: argparse.Namespace, looks: int = 8
+) -> dict:
+    """Fine-tune one model, and look at it at the start and `looks` times on the way, or once more.
 
     Returns:
         "losses" and "spread" as (step, value), validation loss and largest spread of the streams over sites;
@@ -118,7 +119,7 @@ def tune(base: PreTrainedModel, kind: str, tuning: str, seed: int, tokens: dict,
     result["trained_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
     def look(step: int, loss: float = 0.0, norm: float = 0.0) -> None:
-        if step % max(1, args.steps // LOOKS) and step != args.steps:
+        if step % max(1, args.steps // looks) and step != args.steps:
             return
         result["losses"].append((step, evaluate(trained, tokens["validate"])))
         if kind != "base":

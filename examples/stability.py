@@ -4,7 +4,7 @@ One small decoder is trained from scratch three times on the same tokens with th
 Hyper-Connections (H_res unconstrained) and with mHC (H_res doubly stochastic). Loss, gradient norm and the composite
 gain of H_res over all sites are drawn over steps, and written to docs/results/stability.{md,json,png}.
 
-    python examples/stability.py                                        # about 12 minutes on two CPU cores
+    python examples/stability.py                                        # about 8 minutes on two CPU cores
     python examples/stability.py --layers 24 --hidden 512 --steps 4000 --batch 64 --context 512 --vocabulary 32000 \\
         --text corpus.txt
 """
@@ -74,7 +74,7 @@ def run(kind: str, seed: int, tokens: dict[str, torch.Tensor], vocab_size: int, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, layers=12, hidden=64, steps=500)
+    add_arguments(parser, layers=12, hidden=64, steps=600)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--every", type=int, default=20, help="steps between two looks at the streams")
     args = parser.parse_args()

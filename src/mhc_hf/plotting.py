@@ -308,8 +308,10 @@ def shorten_site(site: str) -> str:
 
 
 def _matrix_scale(matrices: Sequence[np.ndarray]) -> dict[str, Any]:
-    """0 to 1 for doubly stochastic matrices, by square roots, so that small entries can be told apart; symmetric about 0
-    for others, so that nothing is cut off."""
+    """0 to 1 for doubly stochastic matrices, by square roots, so that small entries can be told apart.
+
+    Symmetric about 0 for others, so that nothing is cut off.
+    """
     from matplotlib.colors import PowerNorm
 
     low, high = min(float(m.min()) for m in matrices), max(float(m.max()) for m in matrices)
