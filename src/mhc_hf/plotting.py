@@ -97,6 +97,7 @@ def plot_matrices(matrices: Mapping[str, np.ndarray], title: str) -> Figure:
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(rows, columns, squeeze=False)
     scale = _matrix_scale(list(matrices.values()))
+    size = 8 if n < 4 else 6.5
     image: Any = None
     for axes in grid.flat[count:]:
         axes.set_visible(False)
@@ -109,7 +110,7 @@ def plot_matrices(matrices: Mapping[str, np.ndarray], title: str) -> Figure:
             for (i, j), value in _entries(matrix):
                 dark = scale["cmap"] == MAP_COLORS and value < 0.36
                 text = f"{value:.2f}".replace("0.", ".", 1)
-                axes.text(j, i, text, ha="center", va="center", fontsize=5.5, color="white" if dark else "black")
+                axes.text(j, i, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
     bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 3 / rows + 0.3), pad=0.01, label="into row, from column")
     if scale["cmap"] == MAP_COLORS:
         bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1])
