@@ -5,9 +5,9 @@ widened with the start "copies"; with "orthogonal"; and uniformly, a control bui
 full and with LoRA (hyper-connections trained beside it). Validation loss and spread of the streams are compared, and
 written to docs/results/retrofit.{md,json,png}.
 
-    python examples/retrofit_study.py                                   # about 25 minutes on two CPU cores
+    python examples/retrofit_study.py                                   # about 12 minutes on two CPU cores
     python examples/retrofit_study.py --layers 12 --hidden 768 --pretrain-steps 20000 --steps 5000 --batch 64 \\
-        --context 512 --text corpus.txt
+        --context 512 --vocabulary 32000 --text corpus.txt
 """
 
 import argparse
@@ -15,21 +15,57 @@ import copy
 import json
 import statistics
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from study import choose_device, describe_run, draw_batches, evaluate, read_tokens, train, write_page
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from study import (
+    add_arguments,
+    choose_device,
+    describe_run,
+    draw_batches,
+    evaluate,
+    make_config,
+    read_tokens,
+    say_mean,
+    train,
+    write_page,
+)
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel, set_seed
 
 from mhc_hf import HyperConnection, MHCForCausalLM
-from mhc_hf.inspection import measure_streams
+from mhc_hf.inspection import find_problems, measure_streams
+from mhc_hf.inspection.problems import ASLEEP_AFTER
 from mhc_hf.plotting import plot_curves, save_figure
 from mhc_hf.training import mhc_lora_config, mhc_param_groups
 
 KINDS = ("base", "copies", "orthogonal", "uniform")
+STARTS = ("copies", "orthogonal")
 COLORS = {"base": "#7f7f7f", "copies": "#e69f00", "orthogonal": "#0072b2", "uniform": "#d55e00"}
 TUNINGS = ("full", "LoRA")
+
+
+def add_tuning_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """What a retrofit takes, beside the model and its text."""
+    add_arguments(parser, **{"layers": 6, "hidden": 64, "steps": 500} | defaults)
+    parser.add_argument("--pretrain-steps", type=int, default=1500)
+    parser.add_argument("--pretrain-lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate in full")
+    parser.add_argument("--lora-lr", type=float, default=2e-3, help="learning rate with LoRA")
+    parser.add_argument("--hc-lr-ratio", type=float, default=1.0, help="of the hyper-connections' rate to the other")
+    parser.add_argument("--alpha", type=float, help="gating factors at the start (default: the start's own, 1)")
+    parser.add_argument("--rank", type=int, default=8)
+
+
+def pretrain_base(tokens: dict[str, Tensor], vocab_size: int, args: argparse.Namespace) -> LlamaForCausalLM:
+    """The one base that every run of a study begins from."""
+    set_seed(0)
+    base = LlamaForCausalLM(make_config(vocab_size, args)).to(choose_device())
+    batches = draw_batches(tokens["pretrain"], args.batch, 0)
+    train(base, batches, args.pretrain_steps, base.parameters(), args.pretrain_lr, title="base")
+    return base
 
 
 def widen(base: PreTrainedModel, kind: str, args: argparse.Namespace) -> PreTrainedModel:
@@ -37,6 +73,9 @@ def widen(base: PreTrainedModel, kind: str, args: argparse.Namespace) -> PreTrai
     base = copy.deepcopy(base)
     if kind == "base":
         return base
+    if kind == "uniform":
+        # its streams get the same gradient, but for rounding: in float32 Adam would make steps of that
+        base = base.double()
     start = "copies" if kind == "uniform" else kind
     hc = {"hc_alpha_init": args.alpha} if args.alpha is not None else None
     model = MHCForCausalLM.from_base(base, hc_mult=args.streams, start=start, hc=hc)
@@ -50,8 +89,15 @@ def widen(base: PreTrainedModel, kind: str, args: argparse.Namespace) -> PreTrai
     return model.to(choose_device())
 
 
-def tune(base: PreTrainedModel, kind: str, tuning: str, seed: int, tokens: dict, args: argparse.Namespace) -> dict:
-    """Fine-tune one model; validation loss by step, and the spread of its streams at both ends."""
+def tune(
+    base: PreTrainedModel, kind: str, tuning: str, seed: int, tokens: dict, args: argparse.Namespace, looks: int = 8
+) -> dict:
+    """Fine-tune one model, and look at it at the start and `looks` times on the way, or once more.
+
+    Returns:
+        "losses" and "spread" as (step, value), validation loss and largest spread of the streams over sites;
+        "trained_parameters"; "monitor", what the monitor has to say at the end.
+    """
     set_seed(seed)
     model = widen(base, kind, args)
     lr = args.lr if tuning == "full" else args.lora_lr
@@ -69,61 +115,32 @@ def tune(base: PreTrainedModel, kind: str, tuning: str, seed: int, tokens: dict,
     else:
         groups = mhc_param_groups(trained, lr=lr, hc_lr=args.hc_lr_ratio * lr)
     probe = tokens["validate"][:4].to(choose_device())
-    result = {"losses": [[0, evaluate(trained, tokens["validate"])]], "spread": []}
+    result: dict[str, Any] = {"losses": [], "spread": [], "monitor": []}
     result["trained_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
     def look(step: int, loss: float = 0.0, norm: float = 0.0) -> None:
-        if step and step % max(1, args.steps // 6) and step != args.steps:
+        if step % max(1, args.steps // looks) and step != args.steps:
             return
-        if step:
-            result["losses"].append([step, evaluate(trained, tokens["validate"])])
+        result["losses"].append((step, evaluate(trained, tokens["validate"])))
         if kind != "base":
-            result["spread"].append([step, max(measure_streams(trained, input_ids=probe).table["spread"])])
+            measurement = measure_streams(trained, input_ids=probe)
+            result["spread"].append((step, max(measurement.table["spread"])))
+            result["monitor"] = list(find_problems(measurement, step=step).values())
 
     look(0)
-    train(trained, draw_batches(tokens["finetune"], args.batch, seed), args.steps, groups, lr, look)
+    batches = draw_batches(tokens["finetune"], args.batch, seed)
+    train(trained, batches, args.steps, groups, lr, look, f"{tuning} {kind} seed {seed}")
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--hidden", type=int, default=96)
-    parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--pretrain-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--pretrain-lr", type=float, default=2e-3)
-    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate in full")
-    parser.add_argument("--lora-lr", type=float, default=2e-3, help="learning rate with LoRA")
-    parser.add_argument("--hc-lr-ratio", type=float, default=1.0, help="of the hyper-connections' rate to the other")
-    parser.add_argument("--alpha", type=float, help="gating factors at the start (default: the start's own, 1)")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--text", type=Path, help="text to train on (default: Python's language reference)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    add_tuning_arguments(parser)
     args = parser.parse_args()
     started = time.monotonic()
-    tokens, vocab_size = read_tokens(args.text, args.context, ("pretrain", "finetune", "validate"))
-
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 8 // 3 // 8 * 8,
-        num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden // 32),
-        max_position_embeddings=args.context,
-        tie_word_embeddings=True,
-    )
-    base = LlamaForCausalLM(config).to(choose_device())
-    batches = draw_batches(tokens["pretrain"], args.batch, 0)
-    train(base, batches, args.pretrain_steps, base.parameters(), args.pretrain_lr, lambda step, loss, norm: None)
-    print(
-        f"base: validation loss {evaluate(base, tokens['validate']):.4f}, {time.monotonic() - started:.0f} s",
-        flush=True,
-    )
+    tokens, vocab_size = read_tokens(args, ("pretrain", "finetune", "validate"))
+    base = pretrain_base(tokens, vocab_size, args)
+    print(f"base: {evaluate(base, tokens['validate']):.4f}, {time.monotonic() - started:.0f} s", flush=True)
 
     runs: dict[str, dict[str, list[dict]]] = {tuning: {kind: [] for kind in KINDS} for tuning in TUNINGS}
     for seed in args.seeds:
@@ -141,51 +158,96 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = describe_run(started)
     (args.out / "retrofit.json").write_text(json.dumps({"run": facts, "runs": runs}))
-    panels = {
-        f"validation loss, {tuning}": {kind: [r["losses"] for r in runs[tuning][kind]] for kind in KINDS}
-        for tuning in TUNINGS
-    }
-    title = f"{args.layers} layers, {len(args.seeds)} seeds, the same tokens"
-    save_figure(plot_curves(panels, COLORS, title), args.out / "retrofit.png")
-    write_page(args.out / "retrofit.md", "Retrofit: the same tokens, widened and not", facts, describe(runs))
+    save_figure(draw(runs, args), args.out / "retrofit.png")
+    write_page(args.out / "retrofit.md", "Retrofit: the same tokens, widened and not", facts, describe(runs, args))
     print(args.out / "retrofit.md")
 
 
-def describe(runs: dict[str, dict[str, list[dict]]]) -> list[str]:
-    """The table: means over seeds, and differences from the base paired by seed."""
+def subtract_base(runs: dict[str, list[dict]], kind: str) -> list[list[tuple[int, float]]]:
+    """By seed: (step, validation loss less that of the base continued on the same tokens)."""
+    return [
+        [(step, loss - base_loss) for (step, loss), (_, base_loss) in zip(r["losses"], base["losses"], strict=True)]
+        for r, base in zip(runs[kind], runs["base"], strict=True)
+    ]
+
+
+def draw(runs: dict[str, dict[str, list[dict]]], args: argparse.Namespace) -> Figure:
+    full = runs["full"]
+    panels = {"validation loss, in full": {kind: [r["losses"] for r in full[kind]] for kind in KINDS}}
+    for tuning, name in (("full", "in full"), ("LoRA", "LoRA")):
+        panels[f"less the base continued, {name}"] = {kind: subtract_base(runs[tuning], kind) for kind in KINDS[1:]}
+    # what is exactly 0 has no place on a logarithmic axis
+    awake = {kind: [[point for point in r["spread"] if point[1] > 0] for r in full[kind]] for kind in KINDS[1:]}
+    panels["spread of the streams, in full"] = {kind: curves for kind, curves in awake.items() if all(curves)}
+    title = f"{args.layers} layers of {args.hidden} channels, {args.streams} streams, {len(args.seeds)} seeds"
+    return plot_curves(panels, COLORS, title, log_scale=["spread of the streams, in full"])
+
+
+def describe(runs: dict[str, dict[str, list[dict]]], args: argparse.Namespace) -> list[str]:
+    """The table, and in words what came out, whichever way it did."""
     lines = [
-        "![validation loss over steps](retrofit.png)",
+        "![validation loss, difference from the base and spread of the streams over steps](retrofit.png)",
         "",
         "Validation loss in nats a token at the end, mean and standard deviation over seeds. A seed is an order of the "
-        "fine-tuning tokens (and of LoRA's start); differences from the base are paired by seed.",
+        "fine-tuning tokens (and of LoRA's start); differences are paired by seed. The control trains all "
+        "gates and has no streams to speak of, so the difference from it is what the streams themselves give.",
         "",
-        "| tuning | model | trained parameters | validation loss | less the base continued | spread of the streams |",
-        "|---|---|---|---|---|---|",
+        "| tuning | model | trained parameters | validation loss | less the base continued | less the control | "
+        "spread of the streams |",
+        "|---|---|---|---|---|---|---|",
     ]
     for tuning, by_kind in runs.items():
-        bases = [r["losses"][-1][1] for r in by_kind["base"]]
+        ends = {kind: [r["losses"][-1][1] for r in results] for kind, results in by_kind.items()}
         for kind, results in by_kind.items():
-            ends = [r["losses"][-1][1] for r in results]
-            gaps = [end - base for end, base in zip(ends, bases, strict=True)]
-            spread = ", ".join(f"{r['spread'][-1][1]:.2g}" for r in results if r["spread"]) or "-"
             lines.append(
-                f"| {tuning} | {kind} | {results[0]['trained_parameters']:,} | {_mean_and_deviation(ends, '.4f')} | "
-                f"{'-' if kind == 'base' else _mean_and_deviation(gaps, '+.4f')} | {spread} |"
+                f"| {tuning} | {kind} | {results[0]['trained_parameters']:,} | {say_mean(ends[kind], '.4f')} | "
+                f"{_say_gap(ends, kind, 'base')} | {_say_gap(ends, kind, 'uniform')} | "
+                f"{_say_spread(results)} |"
             )
-    asleep = all(r["spread"][-1][1] < 1e-6 for tuning in runs for r in runs[tuning]["uniform"])
-    lines += [
-        "",
-        "The streams of the uniform control never woke: what it gains or loses, it does without them."
-        if asleep
-        else "The streams of the uniform control did part, if only by rounding.",
-    ]
+    lines.append("")
+    for tuning, by_kind in runs.items():
+        for kind in STARTS:
+            lines.append(f"- {tuning}, {kind}: {_judge(subtract_base(by_kind, kind), args)}")
+    lines += ["", *_describe_sleep(runs, args.steps)]
     return lines
 
 
-def _mean_and_deviation(values: list[float], form: str) -> str:
-    if len(values) == 1:
-        return format(values[0], form)
-    return f"{format(statistics.mean(values), form)} ± {statistics.stdev(values):.4f}"
+def _say_gap(ends: dict[str, list[float]], kind: str, other: str) -> str:
+    if kind == other or kind == "base":
+        return "-"
+    return say_mean([one - another for one, another in zip(ends[kind], ends[other], strict=True)], "+.4f")
+
+
+def _say_spread(results: list[dict]) -> str:
+    return ", ".join(f"{r['spread'][-1][1]:.2g}" for r in results if r["spread"]) or "-"
+
+
+def _judge(gaps: list[list[tuple[int, float]]], args: argparse.Namespace) -> str:
+    """One sentence: whether it paid, and from how many tokens on."""
+    ends = [curve[-1][1] for curve in gaps]
+    better = sum(end < 0 for end in ends)
+    words = f"below the base continued on {better} of {len(ends)} seeds at the end, {statistics.mean(ends):+.4f} nats"
+    steps = [step for step, _ in gaps[0]]
+    below = [all(curve[index][1] < 0 for curve in gaps) for index in range(len(steps))]
+    since = next((index for index in range(1, len(steps)) if all(below[index:])), None)
+    if since is None:
+        return f"{words}; at no look were all seeds below it and stayed there."
+    return f"{words}; on all of them from {steps[since] * args.batch * args.context:,} tokens on."
+
+
+def _describe_sleep(runs: dict[str, dict[str, list[dict]]], steps: int) -> list[str]:
+    """What the monitor said of the control, and of the starts."""
+    control = [r for by_kind in runs.values() for r in by_kind["uniform"]]
+    started = [r for by_kind in runs.values() for kind in STARTS for r in by_kind[kind]]
+    spread = max(value for r in control for _, value in r["spread"])
+    of_control, of_starts = (sorted({words for r in some for words in r["monitor"]}) for some in (control, started))
+    silence = "nothing" if steps >= ASLEEP_AFTER else f"nothing, since it waits for {ASLEEP_AFTER} steps"
+    return [
+        f"The largest spread that the streams of the uniform control had, over all runs and looks, is {spread:g}. "
+        f"After {steps} steps the monitor says of it: {' '.join(f'*{words}*' for words in of_control) or silence}",
+        "",
+        f"Of the two starts it says: {' '.join(f'*{words}*' for words in of_starts) or silence}.",
+    ]
 
 
 if __name__ == "__main__":

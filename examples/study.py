@@ -1,15 +1,19 @@
-"""What the two studies share: text as batches, one training loop, and a record of what was run where."""
+"""What the studies share: a small model and its text, one training loop, and a record of what was run where."""
 
+import argparse
 import platform
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlamaConfig
 
 import mhc_hf
 
@@ -20,24 +24,51 @@ from demo import read_texts, train_tokenizer
 # isort: on
 
 
-def read_tokens(text_file: Path | None, context: int, parts: tuple[str, ...]) -> tuple[dict[str, Tensor], int]:
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Size of the model, its text and what is done with it; `defaults` are the study's own."""
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=512, help="tokens of the tokenizer that is trained")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--text", type=Path, help="text to train on (default: Python's language reference)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.set_defaults(**defaults)
+
+
+def make_config(vocab_size: int, args: argparse.Namespace) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 8 // 3 // 8 * 8,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden // 32),
+        max_position_embeddings=args.context,
+        tie_word_embeddings=True,
+    )
+
+
+def read_tokens(args: argparse.Namespace, parts: tuple[str, ...]) -> tuple[dict[str, Tensor], int]:
     """Pieces of `context` tokens [count, context] for each part of the text, and the size of the vocabulary.
 
     Without a file it is the language reference of CPython. A file is cut in three: 80 % to pretrain on, 15 % to
     fine-tune on, 5 % to validate on.
     """
-    if text_file is None:
+    if args.text is None:
         texts = read_texts()
     else:
-        whole = text_file.read_text(encoding="utf-8", errors="replace")
+        whole = args.text.read_text(encoding="utf-8", errors="replace")
         cuts = [0, int(0.8 * len(whole)), int(0.95 * len(whole)), len(whole)]
         names = ("pretrain", "finetune", "validate")
         texts = {name: whole[a:b] for name, a, b in zip(names, cuts[:-1], cuts[1:], strict=True)}
-    tokenizer = train_tokenizer(texts["pretrain"])
+    tokenizer = train_tokenizer(texts["pretrain"], args.vocabulary)
     tokens = {}
     for part in parts:
         ids = torch.tensor(tokenizer(texts[part], verbose=False).input_ids)
-        tokens[part] = ids[: len(ids) // context * context].view(-1, context)
+        tokens[part] = ids[: len(ids) // args.context * args.context].view(-1, args.context)
     return tokens, len(tokenizer)
 
 
@@ -56,7 +87,8 @@ def train(
     steps: int,
     groups: Any,
     lr: float,
-    watch: Callable[[int, float, float], None],
+    watch: Callable[[int, float, float], None] = lambda step, loss, norm: None,
+    title: str = "",
 ) -> None:
     """AdamW, 5 % warm-up, cosine to a tenth, gradients clipped at 1. `watch(step, loss, gradient norm)` every step."""
     device = next(model.parameters()).device
@@ -73,7 +105,8 @@ def train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     model.train()
-    for step in range(1, steps + 1):
+    # a bar on a terminal; in a file the lines that follow each run are progress enough
+    for step in tqdm(range(1, steps + 1), desc=title, leave=False, disable=None):
         ids = next(batches).to(device)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -117,6 +150,12 @@ def write_page(path: Path, title: str, run: dict[str, str], lines: list[str]) ->
     """A page of results that says first what made it."""
     facts = [f"- {name}: `{value}`" for name, value in run.items()]
     path.write_text("\n".join([f"# {title}", "", *facts, "", *lines, ""]), encoding="utf-8")
+
+
+def say_mean(values: Sequence[float], form: str) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 def _cpu_name() -> str:

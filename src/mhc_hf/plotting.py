@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 COLORS = {"base": "#7f7f7f", "widened": "#0072b2", "accent": "#d55e00"}
 DIRECTION_COLORS = {"forward": "#009e73", "backward": "#d55e00"}
 ACCENTS = ("#cc79a7", "#7a4988")
+GATE_COLORS = {"pre": "#56b4e9", "post": "#e69f00", "res": "#000000"}
 MAP_COLORS = "viridis"
 SIGNED_COLORS = "RdBu_r"
 STREAM_COLORS = "tab10"
@@ -96,6 +97,7 @@ def plot_matrices(matrices: Mapping[str, np.ndarray], title: str) -> Figure:
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(rows, columns, squeeze=False)
     scale = _matrix_scale(list(matrices.values()))
+    size = 8 if n < 4 else 6.5
     image: Any = None
     for axes in grid.flat[count:]:
         axes.set_visible(False)
@@ -106,10 +108,12 @@ def plot_matrices(matrices: Mapping[str, np.ndarray], title: str) -> Figure:
         axes.set_yticks([])
         if n <= 4 and count <= 48:
             for (i, j), value in _entries(matrix):
-                dark = scale["cmap"] == MAP_COLORS and value < 0.6
+                dark = scale["cmap"] == MAP_COLORS and value < 0.36
                 text = f"{value:.2f}".replace("0.", ".", 1)
-                axes.text(j, i, text, ha="center", va="center", fontsize=5.5, color="white" if dark else "black")
-    figure.colorbar(image, ax=grid, shrink=min(1.0, 3 / rows + 0.3), pad=0.01, label="into row, from column")
+                axes.text(j, i, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
+    bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 3 / rows + 0.3), pad=0.01, label="into row, from column")
+    if scale["cmap"] == MAP_COLORS:
+        bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1])
     return figure
 
 
@@ -129,12 +133,13 @@ def plot_gains(sites: Sequence[str], table: Mapping[str, Sequence[float]]) -> Fi
         _frame_gains(axes, values)
         axes.legend(frameon=False)
     single.set(title="Single maps: Amax gain", ylabel="gain")
-    composite.set(title="Composite maps: from the first site, back from the last")
-    composite.title.set_fontsize(11)
+    composite.set(title="Composite maps: Amax gain")
     _draw_over_depth(logs, table["log_column_sum"], ACCENTS[0], "single")
     _draw_over_depth(logs, table["composite_log_column_sum"], ACCENTS[1], "composite, from the first site")
     logs.set(title="max |log column sum|")
-    logs.legend(frameon=False)
+    # room for the legend above the curves
+    logs.set_ylim(0, 1.3 * max(1e-6, *table["log_column_sum"], *table["composite_log_column_sum"]))
+    logs.legend(frameon=False, loc="upper left")
     for axes in (single, composite, logs):
         _finish_depth(axes, sites)
     return figure
@@ -190,7 +195,9 @@ def plot_similarity(sites: Sequence[str], table: Mapping[str, Sequence[float]], 
     for stream, values in enumerate(stream_rms.T):
         color = _require_matplotlib().get_cmap(STREAM_COLORS)(stream)
         _draw_over_depth(size, values, color, f"stream {stream}")
-    size.set(title="Size of each stream", ylabel="root mean square", yscale="log")
+    size.set(title="Size of each stream, root mean square")
+    if stream_rms.max() > 4 * stream_rms.min() > 0:
+        _make_logarithmic(size)
     size.legend(frameon=False, fontsize=7, ncols=2)
     for axes in (spread, cosine, number, size):
         _finish_depth(axes, sites)
@@ -206,9 +213,10 @@ def plot_distances(sites: Sequence[str], table: Mapping[str, Sequence[float]]) -
     identity.set_ylim(bottom=0)
     _draw_over_depth(breach, table["distance_doubly_stochastic"], COLORS["accent"], "distance from doubly stochastic")
     _draw_over_depth(breach, table["h_res_liveness"], COLORS["widened"], "liveness, max h (1 - h)")
-    breach.set(title="H_res: breach of the rule, liveness", yscale="log")
+    breach.set(title="H_res: breach of the rule, liveness")
+    _make_logarithmic(breach)
     breach.legend(frameon=False, fontsize=8)
-    for name, color in zip(("pre", "post", "res"), (*DIRECTION_COLORS.values(), ACCENTS[0]), strict=True):
+    for name, color in GATE_COLORS.items():
         _draw_over_depth(gates, table[f"alpha_{name}"], color, name)
     gates.set(title="Gating factors alpha")
     gates.legend(frameon=False)
@@ -271,16 +279,23 @@ def plot_curves(
         log_scale: panels whose y axis is logarithmic.
         xlabel: what x is.
     """
-    figure = _require_matplotlib().figure(figsize=(4.1 * len(panels), 3.9), layout="constrained")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _require_matplotlib().figure(figsize=(4.6 * columns, 3.4 * rows + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=12)
-    for axes, (name, models) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, models) in zip(grid.flat, panels.items(), strict=False):
         for model, curves in models.items():
             for curve in curves:
                 axes.plot(*zip(*curve, strict=True), color=colors[model], alpha=0.3, linewidth=0.8)
             shortest = min(map(len, curves))
             mean = np.mean([np.array(curve[:shortest]) for curve in curves], 0)
             axes.plot(mean[:, 0], mean[:, 1], color=colors[model], linewidth=1.8, label=model)
-        axes.set(title=name, xlabel=xlabel, yscale="log" if name in log_scale else "linear")
+        axes.set(title=name, xlabel=xlabel)
+        if name in log_scale:
+            _make_logarithmic(axes)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -294,10 +309,15 @@ def shorten_site(site: str) -> str:
 
 
 def _matrix_scale(matrices: Sequence[np.ndarray]) -> dict[str, Any]:
-    """0 to 1 for doubly stochastic matrices; symmetric about 0 for others, so that nothing is cut off."""
+    """0 to 1 for doubly stochastic matrices, by square roots, so that small entries can be told apart.
+
+    Symmetric about 0 for others, so that nothing is cut off.
+    """
+    from matplotlib.colors import PowerNorm
+
     low, high = min(float(m.min()) for m in matrices), max(float(m.max()) for m in matrices)
     if low >= -1e-3 and high <= 1 + 1e-3:
-        return {"cmap": MAP_COLORS, "vmin": 0.0, "vmax": 1.0}
+        return {"cmap": MAP_COLORS, "norm": PowerNorm(0.5, 0.0, 1.0)}
     reach = max(abs(low), abs(high))
     return {"cmap": SIGNED_COLORS, "vmin": -reach, "vmax": reach}
 
@@ -311,9 +331,21 @@ def _frame_gains(axes: Any, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
     axes.axhline(1, color="black", linewidth=0.6, alpha=0.6)
     if low > 0 and high / low > 10:
-        axes.set_yscale("log")
+        _make_logarithmic(axes)
     else:
         axes.set_ylim(min(0.9, low - 0.05), max(1.1, high + 0.05))
+
+
+def _make_logarithmic(axes: Any) -> None:
+    """Make the y axis of what has been drawn logarithmic, and say so; its ticks are written as one writes numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.dataLim.intervaly
+    axes.set_yscale("log")
+    axes.set_ylabel("logarithmic scale", fontsize=8)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _finish_depth(axes: Any, sites: Sequence[str]) -> None:

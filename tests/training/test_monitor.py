@@ -1,6 +1,7 @@
 """The monitor logs what the streams do, says what is wrong, and costs nothing while it does not look."""
 
 import copy
+import json
 import logging
 import math
 import time
@@ -19,6 +20,7 @@ from mhc_hf.training import StreamMonitorCallback, mhc_lora_config
 
 from ..inspection.conftest import set_maps, sites
 from .conftest import Rows, training_arguments
+from .launching import run_python
 
 
 def train(model, output_dir, monitor, **overrides):
@@ -90,6 +92,25 @@ def test_recompute_does_not_count_twice(llama, tmp_path):
     for one, other in zip(plain, again, strict=True):
         names = [name for name in one if name.startswith("streams/")]
         assert {k: other[k] for k in names} == pytest.approx({k: one[k] for k in names}, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_two_ranks_log_what_one_process_logs(llama, tmp_path):
+    """Half the batch each: the first sequence is the same, and so are the gradients of the whole."""
+    model = MHCForCausalLM.from_base(copy.deepcopy(llama))
+    model.save_pretrained(tmp_path / "model")
+    monitor = StreamMonitorCallback(per_site=True)
+    (one,) = train(model, tmp_path, monitor, max_steps=1, per_device_train_batch_size=4)
+    names = [name for name in one if name.startswith("streams/")]
+    printed = run_python("-m", "tests.training.monitored_trainers", tmp_path / "model", tmp_path / "two", ranks=2)
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith('{"engine"')]
+    assert [(f["engine"], "DistributedDataParallel" in f["wrapped"]) for f in found] == [
+        ("DDP", True),
+        ("FSDP2", False),
+    ]
+    for two in found:
+        # float32 sums of the same addends, in another order
+        assert {n: two["entry"][n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-5, abs=1e-7)
 
 
 def test_the_first_micro_batch_of_a_step_is_looked_at(widened, tmp_path):
@@ -188,5 +209,6 @@ def test_a_look_costs_less_than_two_steps_which_is_two_percent_at_the_default_in
     torch.set_num_threads(1)
     plain, looked = (sorted(run_step(look) for _ in range(9))[4] for look in (False, True))
     torch.set_num_threads(threads)
+    print(f"a look costs {(looked - plain) / plain:.2f} steps")
     # a model of toy size, where the many small operations of a look weigh most
     assert looked - plain < 2 * plain

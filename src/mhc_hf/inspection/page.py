@@ -21,11 +21,11 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; m
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem; }
 p { max-width: 75ch; } .dim { color: #555; }
 figure { margin: .6rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
-nav a { margin-right: 1rem; } a { color: #005a8f; }
+nav { margin-bottom: .8rem; } nav a { margin-right: 1rem; } a { color: #005a8f; }
 table { border-collapse: collapse; font-size: 13px; } td, th { padding: .15rem .6rem; text-align: right;
   border-bottom: 1px solid #e3e3e3; white-space: nowrap; } th { font-weight: 600; background: #f6f6f6; }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-td.text { text-align: left; white-space: normal; } .scroll { overflow: auto; max-height: 36rem; }
+td.text, th.text { text-align: left; white-space: normal; } .scroll { overflow: auto; max-height: 36rem; }
 .problems { border-left: 4px solid #d55e00; padding: .2rem 1rem; } .fine { border-left: 4px solid #009e73;
   padding: .2rem 1rem; }
 .tokens { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -80,7 +80,7 @@ def write_page(
 
 def _list_problems(problems: Sequence[str]) -> str:
     if not problems:
-        return '<div class="fine"><p>Nothing stands out: awake, alive, and every gain near 1.</p></div>'
+        return '<div class="fine"><p>Nothing stands out: awake, alive, and every gain within [0.1, 10].</p></div>'
     return f'<div class="problems">{"".join(f"<p>{escape(words)}</p>" for words in problems)}</div>'
 
 
@@ -121,10 +121,11 @@ def _summarize(findings: Findings, difference: Difference | None) -> list[tuple[
 def _color_tokens(findings: Findings) -> str:
     """The text, each token on a ground the warmer the more it moves the maps."""
     moved = findings.moved_tokens
-    top = float(np.quantile(moved, 0.99)) or 1.0
+    # white is the token that moves them least: all of them move them some
+    low, top = float(moved.min()), float(np.quantile(moved, 0.99))
     spans = []
     for token, value in zip(findings.tokens, moved, strict=True):
-        strength = min(1.0, float(value) / top)
+        strength = min(1.0, (float(value) - low) / (top - low)) if top > low else 0.0
         spans.append(
             f'<span style="background:rgba(213,94,0,{0.65 * strength:.2f})" title="{value:.3g}">{escape(token)}</span>'
         )
@@ -153,11 +154,12 @@ def _make_site_table(findings: Findings) -> str:
 
 
 def _make_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = ()) -> str:
-    lines = []
-    for row in rows:
+    def make_row(tag: str, row: Sequence[str]) -> str:
         cells = (
-            f"<td{' class=text' if index in text_columns else ''}>{escape(cell)}</td>" for index, cell in enumerate(row)
+            f"<{tag}{' class=text' if index in text_columns else ''}>{escape(cell)}</{tag}>"
+            for index, cell in enumerate(row)
         )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    head = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in header)}</tr>" if any(header) else ""
-    return f"<table>{head}{''.join(lines)}</table>"
+        return f"<tr>{''.join(cells)}</tr>"
+
+    head = make_row("th", header) if any(header) else ""
+    return f"<table>{head}{''.join(make_row('td', row) for row in rows)}</table>"

@@ -1,0 +1,31 @@
+"""Run on two ranks by test_monitor.py: Trainer with the monitor, under DDP and under FSDP2; prints what it logged.
+
+... -m tests.training.monitored_trainers CHECKPOINT OUTPUT
+"""
+
+import json
+import sys
+
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Trainer
+from transformers.distributed import DistributedConfig
+
+import mhc_hf  # noqa: F401, registers the model type
+from mhc_hf.training import StreamMonitorCallback
+
+from .conftest import Rows, training_arguments
+
+checkpoint, output = sys.argv[1:]
+dist.init_process_group("gloo")
+for engine, options in {"DDP": {}, "FSDP2": {"distributed_config": DistributedConfig(fsdp_size=2)}}.items():
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(checkpoint, **options),
+        args=training_arguments(f"{output}/{engine}", max_steps=1),
+        train_dataset=Rows(),
+        callbacks=[StreamMonitorCallback(per_site=True)],
+    )
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "streams/spread" in entry]
+    if dist.get_rank() == 0:
+        print(json.dumps({"engine": engine, "wrapped": type(trainer.model_wrapped).__name__, "entry": entry}))
+dist.destroy_process_group()
