@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 
+import torch
 from matplotlib.figure import Figure
 from retrofit_study import COLORS, STARTS, TUNINGS, add_tuning_arguments, pretrain_base, tune
 from study import describe_run, evaluate, read_tokens, say_mean, write_page
@@ -30,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_tuning_arguments(parser, steps=200, seeds=[0, 1])
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     started = time.monotonic()
     tokens, vocab_size = read_tokens(args, ("pretrain", "finetune", "validate"))
     base = pretrain_base(tokens, vocab_size, args)

@@ -137,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_tuning_arguments(parser)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     started = time.monotonic()
     tokens, vocab_size = read_tokens(args, ("pretrain", "finetune", "validate"))
     base = pretrain_base(tokens, vocab_size, args)

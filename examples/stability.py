@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--every", type=int, default=20, help="steps between two looks at the streams")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     started = time.monotonic()
     tokens, vocab_size = read_tokens(args, ("pretrain", "validate"))
 

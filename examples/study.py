@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--text", type=Path, help="text to train on (default: Python's language reference)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; with another number the last bits differ")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.set_defaults(**defaults)
 
