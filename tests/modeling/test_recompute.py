@@ -103,8 +103,8 @@ def test_compiled_it_keeps_less_and_gradients_are_the_same_to_the_bit(token_ids,
         found.append(gradients(compiled, token_ids))
         kept.append(kept_bytes(compiled, token_ids, monkeypatch))
     assert all(torch.equal(found[0][name], gradient) for name, gradient in found[1].items())
-    # blocks of one layer: of its two sites, what the first one writes is made again, n*C float32 a token, from its h_res
-    # and a link of one number
+    # blocks of one layer: of its two sites, what the first one writes is made again, n*C float32 a token, from its
+    # h_res and a link of one number
     assert kept[0] - kept[1] == 2 * 4 * (token_ids.numel() * (n * 60 - n * n) - 1)
 
 

@@ -16,7 +16,7 @@ from mhc_hf import MHCForCausalLM
 
 from ..conftest import VOCAB_SIZE, tiny_model
 from .launching import run_python
-from .two_ranks import ENGINES, LEARNING_RATE
+from .two_ranks import ENGINES
 
 
 def write_start(folder, n, family="llama", dtype=torch.float64, **base):
