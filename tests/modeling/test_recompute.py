@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 
 from mhc_hf import HyperConnection, MHCConfig, MHCForCausalLM
 from mhc_hf.modeling.recompute import StreamBlock, default_block_layers
 
 from ..conftest import tiny_model
+from .memory import allocated_bytes
 
 
 def widen_pair(n, dtype=torch.float32, **base):
@@ -76,14 +76,6 @@ def test_gradients_are_the_same_under_gradient_checkpointing(token_ids, use_reen
     frugal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     for name, gradient in gradients(frugal, token_ids).items():
         assert torch.equal(gradient, expected[name]), name
-
-
-def allocated_bytes(model, token_ids):
-    """Bytes that forward has allocated and backward waits for."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        loss = model(token_ids, labels=token_ids).loss
-    del loss
-    return sum(e.nbytes() for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")
 
 
 def test_gradient_checkpointing_keeps_no_more_with_it(token_ids):

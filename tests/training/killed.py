@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from mhc_hf.training import last_complete_checkpoint, mhc_param_groups
@@ -63,6 +63,7 @@ def train(model_dir, output_dir, num_steps, callbacks=()):
         output_dir, max_steps=num_steps, save_strategy="steps", save_steps=SAVE_STEPS, save_total_limit=2
     )
     trainer = Trainer(model, arguments, train_dataset=Rows(), callbacks=[*callbacks], optimizers=(optimizer, None))
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
     Path(output_dir, "losses.json").write_text(json.dumps(losses(trainer)))
     save_file({name: p.detach().clone() for name, p in model.named_parameters()}, Path(output_dir, "final.safetensors"))
