@@ -19,9 +19,10 @@ from .launching import run_python
 from .two_ranks import ENGINES
 
 
-def write_start(folder, n, family="llama", dtype=torch.float64, **base):
+def write_start(folder, n, family="llama", dtype=torch.float64, recompute=False, **base):
     """A widened model with n streams and a batch, where two_ranks.py looks for them."""
-    model = MHCForCausalLM.from_base(tiny_model(family, vocab_size=98, **base).to(dtype), hc_mult=n)
+    base_model = tiny_model(family, vocab_size=98, **base).to(dtype)
+    model = MHCForCausalLM.from_base(base_model, hc_mult=n, hc={"hc_recompute": recompute})
     generator = torch.Generator().manual_seed(n)
     with torch.no_grad():
         # away from the start, where some gradients are zero
@@ -87,10 +88,12 @@ def main():
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--mults", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--dtype", default="float64", choices=["float32", "float64"])
+    parser.add_argument("--recompute", action="store_true", help="with hc_recompute")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        dtype = getattr(torch, args.dtype)
         for n in args.mults:
-            write_start(Path(folder), n, args.family, getattr(torch, args.dtype), num_hidden_layers=args.layers)
+            write_start(Path(folder), n, args.family, dtype, args.recompute, num_hidden_layers=args.layers)
         run_engines(folder)
         for n in args.mults:
             for engine in ENGINES:

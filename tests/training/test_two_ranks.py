@@ -18,10 +18,10 @@ TOLERANCE = 1e-6
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What two_ranks.py has written, for each n."""
+    """What two_ranks.py has written, for each n; one of them with hc_recompute."""
     folder = tmp_path_factory.mktemp("two_ranks")
     for n in MULTS:
-        write_start(folder, n, num_hidden_layers=5)
+        write_start(folder, n, num_hidden_layers=5, recompute=n == 4)
     run_engines(folder)
     return folder
 
