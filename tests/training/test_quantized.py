@@ -51,18 +51,21 @@ def logits(model, token_ids):
     return model.eval()(input_ids=token_ids).logits
 
 
-@pytest.mark.parametrize("quantizer", [nf4, int8])
+# of the largest logit. torchao computes in float32, as unquantised models do. bitsandbytes' kernel for CPUs rounds what
+# it multiplies to bf16: a float32 rounding before it may come out as one of bf16, in each of three layers
+@pytest.mark.parametrize(("quantizer", "tolerance"), [(nf4, 3 * 2.0**-8), (int8, 1e-5)])
 @pytest.mark.parametrize("source", LOADERS)
-def test_widening_a_quantised_base_changes_no_logits(folders, token_ids, source, quantizer):
+def test_widening_a_quantised_base_changes_no_logits(folders, token_ids, source, quantizer, tolerance):
     base = AutoModelForCausalLM.from_pretrained(
         folders / "base", quantization_config=quantizer(torch.float32), dtype=torch.float32
     )
     expected = logits(base, token_ids)
+    largest = float(expected.abs().max())
     unquantised = logits(AutoModelForCausalLM.from_pretrained(folders / "base"), token_ids)
-    error = (logits(load(folders, source, quantizer, torch.float32), token_ids) - expected).abs().max()
-    # as of any other family and base; what the quantiser itself changes is a thousand times as much
-    assert float(error) <= 1e-5 * float(expected.abs().max())
-    assert float((expected - unquantised).abs().max()) > 1e-2 * float(expected.abs().max())
+    widened = logits(load(folders, source, quantizer, torch.float32), token_ids)
+    assert float((widened - expected).abs().max()) <= tolerance * largest
+    # and it is quantised
+    assert float((expected - unquantised).abs().max()) > max(1e-2, 4 * tolerance) * largest
 
 
 @pytest.mark.parametrize("quantizer", [nf4, int8])
