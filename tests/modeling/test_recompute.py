@@ -10,6 +10,7 @@ from mhc_hf import HyperConnection, MHCConfig, MHCForCausalLM
 from mhc_hf.modeling.recompute import StreamBlock, default_block_layers
 
 from ..conftest import tiny_model
+from .memory import allocated_bytes
 
 
 def widen_pair(n, dtype=torch.float32, **base):
@@ -75,6 +76,54 @@ def test_gradients_are_the_same_under_gradient_checkpointing(token_ids, use_reen
     frugal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     for name, gradient in gradients(frugal, token_ids).items():
         assert torch.equal(gradient, expected[name]), name
+
+
+def test_gradient_checkpointing_keeps_no_more_with_it(token_ids):
+    plain, frugal = widen_pair(4)
+    for model in (plain, frugal):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert 0 < allocated_bytes(frugal, token_ids) <= allocated_bytes(plain, token_ids)
+
+
+def test_compiled_it_keeps_less_and_gradients_are_the_same_to_the_bit(token_ids, monkeypatch):
+    n = 3
+    kept, found = [], []
+    for model in widen_pair(n, num_hidden_layers=2):
+        torch._dynamo.reset()
+        # inductor's own partitioner, which decides what is kept, without its code generation, which takes long
+        compiled = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+        found.append(gradients(compiled, token_ids))
+        kept.append(kept_bytes(compiled, token_ids, monkeypatch))
+    assert all(torch.equal(found[0][name], gradient) for name, gradient in found[1].items())
+    # blocks of one layer: of its two sites, what the first one writes is made again, n*C float32 a token, from its
+    # h_res and a link of one number
+    assert kept[0] - kept[1] == 2 * 4 * (token_ids.numel() * (n * 60 - n * n) - 1)
+
+
+@pytest.mark.parametrize("touch", [lambda x: x.view_as(x), lambda x: x * 1.5, lambda x: x.mul_(1.5)])
+def test_blocks_go_on_through_aliases_and_end_at_changes(token_ids, monkeypatch, touch):
+    # hooks of a sharded model hand on aliases; others may change what a site gets
+    plain, frugal = widen_pair(4, num_hidden_layers=5)
+    untouched = kept_bytes(frugal, token_ids, monkeypatch)
+    for model in (plain, frugal):
+        for layer in model.model.layers[1:]:
+            layer.register_forward_pre_hook(lambda module, inputs: (touch(inputs[0]), *inputs[1:]))
+    expected = gradients(plain, token_ids)
+    assert all(torch.equal(expected[name], gradient) for name, gradient in gradients(frugal, token_ids).items())
+    ends = not torch.equal(touch(torch.ones(1)), torch.ones(1))
+    assert (kept_bytes(frugal, token_ids, monkeypatch) > untouched) == ends
+
+
+def test_streams_read_twice_belong_to_one_block_each_time(token_ids):
+    plain, frugal = widen_pair(4)
+    found = []
+    for model in (plain, frugal):
+        site = model.model.layers[1].attn_hc
+        x = torch.randn(2, 9, 4 * 60, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        streams = site(x, torch.nn.Identity())
+        both = site(streams, torch.nn.Identity()) + model.model.layers[2].attn_hc(streams, torch.nn.Identity())
+        found.append(torch.autograd.grad(both.square().sum(), x)[0])
+    assert torch.equal(*found)
 
 
 def test_a_second_backward_through_the_same_graph_gives_the_same(token_ids):

@@ -57,3 +57,12 @@ def hc_parameters(model):
 @pytest.fixture
 def widened(llama):
     return MHCForCausalLM.from_base(copy.deepcopy(llama))
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    """A process group of this process alone."""
+    store = tmp_path_factory.mktemp("one_rank") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

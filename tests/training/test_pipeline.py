@@ -27,15 +27,6 @@ def run_in_turn(stages, tokens, **context):
     return out
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    """A process group of this process alone."""
-    store = tmp_path_factory.mktemp("one_rank") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", supported_families())
 def test_stages_in_turn_give_the_models_logits_to_the_bit(family, token_ids):

@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from mhc_hf import HyperConnection, MHCForCausalLM
-from mhc_hf.training import mhc_param_groups, shard_widened_model
+from mhc_hf.training import mhc_param_groups
 
 from .conftest import Rows, hc_parameters, training_arguments
 
@@ -40,6 +40,29 @@ def test_trainer_in_bf16_trains_mhc_in_float32(llama, tmp_path, model_dtype):
             assert not torch.equal(parameter, parameter.bfloat16().float()), name
 
 
-def test_a_model_that_is_not_widened_is_not_sharded(llama):
-    with pytest.raises(ValueError, match="LlamaForCausalLM without an MHCDecoderLayer"):
-        shard_widened_model(llama)
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.float16])
+def test_fp16_autocast_with_a_scaled_loss_trains_mhc_in_float32(llama, token_ids, model_dtype):
+    model = MHCForCausalLM.from_base(copy.deepcopy(llama).to(model_dtype)).train()
+    trained = hc_parameters(model)
+    # scaled gradients of float16 weights cannot be unscaled: there the hyper-connections are trained alone
+    if model_dtype == torch.float16:
+        model.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.float16):
+            loss = model(token_ids, labels=token_ids).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        assert {p.grad.dtype for p in trained.values()} == {torch.float32}
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    # no step was skipped for an overflow
+    assert scaler.get_scale() == 2.0**12
+    for name, parameter in trained.items():
+        assert parameter.dtype == optimizer.state[parameter]["exp_avg"].dtype == torch.float32, name
+        assert not torch.equal(parameter, before[name]), name

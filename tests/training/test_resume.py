@@ -7,8 +7,6 @@ import shutil
 import signal
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from transformers import Trainer
 
 from mhc_hf import MHCForCausalLM
@@ -16,7 +14,7 @@ from mhc_hf.training import last_complete_checkpoint
 
 from ..conftest import tiny_model
 from .conftest import Rows, training_arguments
-from .killed import NUM_KILLS, NUM_STEPS
+from .killed import same_to_the_bit
 from .launching import run_python
 
 
@@ -60,15 +58,11 @@ def test_a_checkpoint_with_any_file_cut_off_is_passed_over(two_checkpoints, tmp_
 @pytest.mark.slow
 def test_a_run_killed_five_times_is_the_run_that_was_not_to_the_bit(tmp_path):
     # dropout, so that the state of the random numbers has to be restored too
-    model = MHCForCausalLM.from_base(tiny_model("llama", attention_dropout=0.1))
-    model.save_pretrained(tmp_path / "model")
-    run_python("-m", "tests.training.killed", tmp_path / "model", tmp_path)
+    MHCForCausalLM.from_base(tiny_model("llama", attention_dropout=0.1)).save_pretrained(tmp_path / "model")
+    run_python("-m", "tests.training.killed", tmp_path / "model", tmp_path, "--steps", "60", "--kills", "5")
     deaths = json.loads((tmp_path / "deaths.json").read_text())
-    assert deaths["statuses"] == [signal.SIGKILL] * NUM_KILLS + [0]
-    # the newest folder was half a checkpoint, which transformers' own choice would have taken
-    assert deaths["half_written"] == NUM_KILLS // 2
-    killed, whole = (json.loads((tmp_path / run / "losses.json").read_text()) for run in ("killed", "whole"))
-    assert len(whole) == NUM_STEPS and killed == whole
-    after, expected = (load_file(tmp_path / run / "final.safetensors") for run in ("killed", "whole"))
-    assert after.keys() == expected.keys()
-    assert all(torch.equal(after[name], value) for name, value in expected.items())
+    assert deaths["statuses"] == [0] + [signal.SIGKILL] * 5 + [0]
+    # after both kills in a save the newest folder was half a checkpoint, which transformers itself would have taken
+    assert deaths["half_written"] >= 2
+    assert len(json.loads((tmp_path / "whole" / "losses.json").read_text())) == 60
+    assert same_to_the_bit(tmp_path)

@@ -198,14 +198,43 @@ def observe_all_dtypes(source, tokens):
     return {mode: observe_dtypes(make(), tokens) for mode, make in modes.items()}
 
 
-def observe_refusal(source, tokens):
-    """What a policy that lowers every parameter of a layer is told."""
-    sharding = DistributedConfig(fsdp_size=2, fsdp_mixed_precision=True)
-    model = load(source, distributed_config=sharding, dtype=torch.float32)
-    try:
-        model(tokens, labels=tokens)
-    except ValueError as error:
-        return str(error)
+def observe_refusals(source, tokens):
+    """What is told a policy that lowers every parameter of a layer, and who asks for transformers' pipeline."""
+
+    def lower():
+        sharding = DistributedConfig(fsdp_size=2, fsdp_mixed_precision=True)
+        load(source, distributed_config=sharding, dtype=torch.float32)(tokens, labels=tokens)
+
+    def cut():
+        load(source, distributed_config=DistributedConfig(pp_size=2))
+
+    refusals = {"lower": lower}
+    if hasattr(DistributedConfig, "pp_size"):
+        refusals["cut"] = cut
+    told = {}
+    for name, ask in refusals.items():
+        try:
+            ask()
+        except ValueError as error:
+            told[name] = str(error)
+    return told
+
+
+def observe_loads(folder):
+    """Which engine's checkpoint has come through which kind of loading with other bits than it was saved with."""
+    kinds = {"tensor_parallel": dict(distributed_config=DistributedConfig(tp_size=2))}
+    if GROUPS_BY_DTYPE:
+        kinds["fsdp"] = dict(distributed_config=DistributedConfig(fsdp_size=2, fsdp_plan=OWN_GROUPS))
+    changed = {}
+    for engine in ENGINES:
+        saved = load(folder / engine / "checkpoint").state_dict()
+        for kind, arguments in kinds.items():
+            loaded = {
+                name: whole(p.detach())
+                for name, p in load(folder / engine / "checkpoint", **arguments).named_parameters()
+            }
+            changed[f"{engine} as {kind}"] = [name for name, p in loaded.items() if not torch.equal(p, saved[name])]
+    return changed
 
 
 def main():
@@ -218,7 +247,11 @@ def main():
         for name, run in ENGINES.items():
             run(source, start.parent / name, tokens)
             source = start.parent / name / "checkpoint"
-        seen = {"dtypes": observe_all_dtypes(start, tokens), "refusal": observe_refusal(start, tokens)}
+        seen = {
+            "dtypes": observe_all_dtypes(start, tokens),
+            "refusals": observe_refusals(start, tokens),
+            "changed": observe_loads(start.parent),
+        }
         (start.parent / f"seen-{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 

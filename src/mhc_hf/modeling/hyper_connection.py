@@ -14,7 +14,7 @@ from ..ops import mhc_post_res, mhc_pre
 from ..ops.functional import SiteRead, site_read, site_write
 from .configuration_mhc import MHCConfig
 from .projections import compute_maps
-from .recompute import can_recompute, default_block_layers, find_block, hand_on
+from .recompute import default_block_layers, find_block, hand_on, write_anew
 from .starts import STARTS, bias_of
 
 
@@ -53,12 +53,13 @@ class HyperConnection(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_logits, dtype=torch.float32))
         self.alpha = nn.Parameter(torch.empty(3, dtype=torch.float32))
 
-    def forward(self, streams: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, streams: Tensor, branch: Callable[[Tensor], Tensor], checkpointed: bool = False) -> Tensor:
         """One site, its branch included.
 
         Args:
             streams: [B, S, n*C], stream-major.
             branch: F, the sub-layer with its own norms: [B, S, C] -> [B, S, C].
+            checkpointed: all of the layer is made again in backward, so that recompute has nothing to save.
         Returns:
             [B, S, n*C] in the dtype of `streams`.
         """
@@ -67,9 +68,13 @@ class HyperConnection(nn.Module):
             h_pre, h_post, h_res = self.maps(streams)
             branch_out = branch(mhc_pre(x, h_pre)).to(x.dtype)
             return mhc_post_res(x, branch_out, h_post, h_res).flatten(-2)
-        if not (self.recompute and self.training and can_recompute()):
+        recompute = self.recompute and not checkpointed and self.training and torch.is_grad_enabled()
+        if not recompute or torch.compiler.is_compiling():
             site = self._read(x)
-            return site_write(x, self._run(branch, site), site).flatten(-2)
+            branch_out = self._run(branch, site)
+            ends_block = (self.site + 1) % self.sites_per_block == 0
+            write = write_anew if recompute and not ends_block else site_write
+            return write(x, branch_out, site).flatten(-2)
         block = find_block(streams, x, self.sites_per_block)
         with block.keeping_out(x):
             site = self._read(x)

@@ -72,8 +72,9 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         arguments = {name: given.pop(name, default) for name, default in self.argument_defaults.items()}
         context = Context(arguments, given)
         x = widen_streams(hidden_states, self.hc_mult) if self.widens else hidden_states
+        checkpointed = self.gradient_checkpointing and self.training
         for site, chain in self.chains.items():
-            x = getattr(self, site)(x, partial(self._branch, chain, context))
+            x = getattr(self, site)(x, partial(self._branch, chain, context), checkpointed)
         if self.stream_scale is not None:
             x = x * getattr(self, self.stream_scale)
         if self.collapses:

@@ -49,8 +49,9 @@ class MHCPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`, for a widened checkpoint of any supported family.
 
         Raises:
-            ValueError: the checkpoint is not widened.
+            ValueError: the checkpoint is not widened, or `distributed_config` asks for transformers' pipeline.
         """
+        _check_distributed(kwargs.get("distributed_config"))
         if not cls._is_common_base():
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config = kwargs.get("config") or _load_config(pretrained_model_name_or_path, kwargs)
@@ -215,6 +216,17 @@ def _load_config(path: Any, from_pretrained_kwargs: dict[str, Any]) -> Any:
     """The configuration that `from_pretrained` with these arguments would find."""
     where = {name: from_pretrained_kwargs[name] for name in _HUB_ARGUMENTS if name in from_pretrained_kwargs}
     return AutoConfig.from_pretrained(path, **where)
+
+
+def _check_distributed(distributed_config: Any) -> None:
+    is_dict = isinstance(distributed_config, dict)
+    pp_size = distributed_config.get("pp_size") if is_dict else getattr(distributed_config, "pp_size", None)
+    if pp_size is not None and pp_size > 1:
+        raise ValueError(
+            f"`distributed_config` must not have a `pp_size` above 1 for a widened model, got {pp_size}: transformers' "
+            "pipeline passes hidden states [B, S, C] between ranks, and these are n streams [B, S, n*C]. Load it "
+            "without, and give it to mhc_hf.training.TrainingPipeline."
+        )
 
 
 def _checked_default_start(hc_mult: Any) -> str:

@@ -11,18 +11,42 @@ Shapes: B batch, S sequence, n streams, C channels of one stream.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import TensorWeakRef
 
 from ..ops.functional import SiteRead, site_write
 
-# a site's output carries its block to the next site as an attribute. Where something in between hands on another tensor
-# (checkpointing, a pipeline stage, a sharding hook) the attribute is gone, and the next site opens a block of its own
-_ATTRIBUTE = "_mhc_stream_block"
+
+class _Latest(threading.local):
+    """The streams that a site of this thread has written last, and their block; both live as long as others want."""
+
+    streams: TensorWeakRef | None = None
+    version: int = 0
+    block: ref[StreamBlock] | None = None
+
+    def matches(self, streams: Tensor) -> bool:
+        """Whether `streams` are those, be it by another name: a sharding hook hands on an alias.
+
+        While the tensor lives, nothing else can lie at its address; its version tells what was written in place.
+        """
+        latest = None if self.streams is None else self.streams()
+        return (
+            latest is not None
+            and latest.data_ptr() == streams.data_ptr()
+            and latest.shape == streams.shape
+            and self.version == streams._version
+        )
+
+
+_latest = _Latest()
 
 
 class StreamBlock:
@@ -80,25 +104,26 @@ class StreamBlock:
 
 
 def find_block(streams: Tensor, x: Tensor, sites_per_block: int) -> StreamBlock:
-    """The block that the site which made `streams` belongs to, or a new one where there is none or it is full."""
-    block = getattr(streams, _ATTRIBUTE, None)
+    """The block that the site which made `streams` belongs to, or a new one where there is none or it is full.
+
+    Where something in between hands on other memory (a pipeline stage, a scale), a block ends.
+    """
+    block = _latest.block() if _latest.block is not None and _latest.matches(streams) else None
     return block if block is not None and len(block) < sites_per_block else StreamBlock(x)
 
 
 def hand_on(block: StreamBlock, streams: Tensor) -> Tensor:
     """Let the next site find the block."""
-    setattr(streams, _ATTRIBUTE, block)
+    _latest.streams, _latest.version, _latest.block = TensorWeakRef(streams), streams._version, ref(block)
+    return streams
+
+
+def write_anew(x: Tensor, branch_out: Tensor, site: SiteRead) -> Tensor:
+    """`site_write` for torch.compile: its graph is told to make the result again in backward, not to keep it."""
+    streams: Tensor = checkpoint(site_write, x, branch_out, site, use_reentrant=False)
     return streams
 
 
 def default_block_layers(hc_mult: int, num_layers: int) -> int:
     """Layers a block that keep the fewest streams at any time, sqrt(n L / (n + 2)) (Eq. 20), at least 1."""
     return max(1, round(math.sqrt(hc_mult * num_layers / (hc_mult + 2))))
-
-
-def can_recompute() -> bool:
-    """Whether there is a backward to save memory for, and eager hooks to do it with.
-
-    Under torch.compile the compiler's own partitioner decides what is kept.
-    """
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
