@@ -10,7 +10,7 @@ import torch
 
 from mhc_hf.conversion import convert_checkpoint
 from mhc_hf.ops import functional
-from tests.conversion.conftest import save_base
+from tests.conversion.conftest import base, save_base, saved_base  # noqa: F401  (fixtures)
 from tests.modeling.family_models import family_model
 
 # every residual form, experts, a window and a state
@@ -36,11 +36,11 @@ def strangers(folders):
     return torch.load(results, weights_only=False)
 
 
-def run_stranger(arguments, home):
+def run_stranger(arguments, home, **environment):
     """Run a script in a process that keeps the modules of transformers' remote code in `home`."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], env=os.environ | {"HF_HOME": str(home)}, capture_output=True, text=True
-    )
+    variables = os.environ | {"HF_HOME": str(home)} | environment
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -43,7 +43,7 @@ def observe(model):
     loss = model(TOKENS, labels=TOKENS).loss
     loss.backward()
     seen["loss"] = loss.detach()
-    seen["gradients"] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    seen["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer.step()
     optimizer.zero_grad()

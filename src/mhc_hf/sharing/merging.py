@@ -98,12 +98,13 @@ def merge(
             module.cuts += [node for name, node in module.bound.items() if name not in wanted]
     final = _final_names(modules)
     objects = {name for module in modules.values() for name in _used_as_objects(module)}
-    parts = ["from __future__ import annotations", _external_imports(modules, bool(objects))]
+    head = f"from __future__ import annotations\n\n{_external_imports(modules, bool(objects))}\n\n"
+    sections = []
     for module in modules.values():
-        parts += [_banner(module), _rewrite(module, modules, final)]
+        sections.append(f"{_banner(module)}\n\n{_rewrite(module, modules, final)}")
         if module.name in objects:
-            parts.append(_namespace(module, final))
-    return "\n\n".join(parts) + "\n"
+            sections.append(_namespace(module, final))
+    return head + "\n\n\n".join(sections) + "\n"
 
 
 def _find_cuts(module: _Module, without: tuple[str, ...]) -> None:
@@ -205,7 +206,7 @@ def _rewrite(module: _Module, modules: Mapping[str, _Module], final: Mapping[tup
                 # Python 3.11 does not say where the names in such a string stand
                 _refuse(module, node, {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & {*changed, *objects})
             case _ if isinstance(node, _SCOPES):
-                _refuse(module, node, _hidden_by(node) & {*changed, *objects})
+                _refuse(module, node, _hidden_by(node) & {*changed, *changed.values(), *objects})
         match node:
             case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in objects:
                 edits.append(_Edit.at(node, final[objects[name], attribute]))
@@ -277,13 +278,13 @@ def _namespace(module: _Module, final: Mapping[tuple[str, str], str]) -> str:
         for name in _kept(module)
         if not name.startswith("_") and name.islower()
     ]
-    return f"\n{module.stem} = SimpleNamespace(\n{''.join(entries)})"
+    return f"{module.stem} = SimpleNamespace(\n{''.join(entries)})"
 
 
 def _banner(module: _Module) -> str:
     title = f"# ---- {module.name.replace('.', '/')}.py "
     words = (ast.get_docstring(module.tree) or "").splitlines()
-    return "\n".join(["", title + "-" * (_WIDTH - len(title) - 1), *(f"# {line}".rstrip() for line in words), ""])
+    return "\n".join([title + "-" * (_WIDTH - len(title) - 1), *(f"# {line}".rstrip() for line in words)])
 
 
 def _external_imports(modules: Mapping[str, _Module], with_namespaces: bool) -> str:
