@@ -160,7 +160,7 @@ def _follow(
         return whole, None
     target = substitutes.get(target, target)
     if target in modules:
-        return (target, name) if name in modules[target].bound else None
+        return (target, name) if name in _kept(modules[target]) else None
     if target in packages:
         package = _Module(f"{target}.__init__", packages[target])
         for node in package.tree.body:
