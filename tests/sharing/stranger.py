@@ -58,8 +58,10 @@ def distance(x, reference):
     return float((x - reference).detach().abs().max() / reference.detach().abs().max())
 
 
-def load(folder):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+def load(folder, **options):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **options
+    )
     assert not any(info.values()), info
     return model
 
@@ -121,6 +123,10 @@ def main(folders, results):
     found["pipeline"] = written["generated_token_ids"], expected
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found["compiled"] = distance(compiled(TOKENS).logits, logits)
+    recomputed = observe(load(llama, hc_recompute=True))["gradients"]
+    found["recompute"] = all(torch.equal(recomputed[name], g) for name, g in found["llama"]["gradients"].items())
+    half = load(llama, dtype=torch.bfloat16)
+    found["dtypes"] = {("_hc." in name, parameter.dtype) for name, parameter in half.named_parameters()}
     found["package was there"] = "mhc_hf" in sys.modules
     sys.meta_path.remove(stranger)
     found["together"] = meet_the_package(llama)

@@ -69,6 +69,11 @@ def test_copies_pickles_pipelines_and_the_compiler(strangers):
     assert strangers["compiled"] <= ROUNDING
 
 
+def test_recompute_and_float32_parameters_come_along(strangers):
+    assert strangers["recompute"]
+    assert strangers["dtypes"] == {(True, torch.float32), (False, torch.bfloat16)}
+
+
 def test_where_the_package_is_imported_its_classes_are_taken_and_the_others_go_on(folders, strangers, torch_path):
     together = strangers["together"]
     assert together["guest is a guest"] and together["host is the package's"] and together["guest computes on"]
