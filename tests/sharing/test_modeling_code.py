@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import mhc_hf
 from mhc_hf import MHCForCausalLM, convert_checkpoint, write_modeling_code
 from mhc_hf.modeling.families import supported_families
-from mhc_hf.sharing import CODE_FILE, modeling_code
+from mhc_hf.sharing import CODE_FILE, generate_modeling_code
 from mhc_hf.sharing.modeling_code import MODULES, auto_map
 from tests.conftest import tiny_model
 from tests.conversion.conftest import bits, logits_of
@@ -26,7 +26,7 @@ PACKAGE = Path(mhc_hf.__file__).parent
 
 @pytest.fixture(scope="module")
 def tree():
-    return ast.parse(modeling_code())
+    return ast.parse(generate_modeling_code())
 
 
 def test_it_imports_torch_transformers_and_the_standard_library_alone(tree):
@@ -77,27 +77,27 @@ def test_every_definition_is_in_it(tree):
 
 def test_ruff_finds_nothing_undefined_unused_or_defined_twice(tmp_path):
     path = tmp_path / CODE_FILE
-    path.write_text(modeling_code())
+    path.write_text(generate_modeling_code())
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--target-version=py311", "--line-length=120"]
     done = subprocess.run([*command, "--select=E7,E9,F,W,B,I", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 def test_it_says_what_it_is_and_where_from():
-    head = modeling_code().partition("from __future__")[0]
+    head = generate_modeling_code().partition("from __future__")[0]
     for words in ("generated", f"mhc_hf {mhc_hf.__version__}", "write_modeling_code", "--self-contained", "Apache-2.0"):
         assert words in head
     assert all(line.startswith("#") for line in head.splitlines())
     for name in MODULES:
-        assert f"\n# ---- {name.replace('.', '/')}.py ---" in modeling_code()
+        assert f"\n# ---- {name.replace('.', '/')}.py ---" in generate_modeling_code()
 
 
 @pytest.mark.slow
 def test_another_process_generates_the_same():
-    code = "import sys; from mhc_hf.sharing import modeling_code; sys.stdout.write(modeling_code())"
+    code = "import sys; from mhc_hf.sharing import generate_modeling_code; sys.stdout.write(generate_modeling_code())"
     environment = os.environ | {"PYTHONHASHSEED": "17", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
-    assert done.stdout.decode() == modeling_code()
+    assert done.stdout.decode() == generate_modeling_code()
 
 
 def test_configurations_name_classes_that_exist():
@@ -122,7 +122,7 @@ def test_a_saved_model_is_made_self_contained_and_keeps_so(saved, tmp_path, toke
     assert after.pop("auto_map") == auto_map("llama") and after == before
     model = AutoModelForCausalLM.from_pretrained(saved)
     model.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / CODE_FILE).read_text() == modeling_code()
+    assert (tmp_path / "again" / CODE_FILE).read_text() == generate_modeling_code()
     assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == auto_map("llama")
     once = bits(saved)
     write_modeling_code(saved)
@@ -138,7 +138,7 @@ def test_models_that_are_not_self_contained_stay_without_code(saved):
 @pytest.mark.parametrize("content", ["print('mine')\n", "edited"])
 def test_a_file_of_the_users_is_not_overwritten(saved, llama, content):
     path = saved / CODE_FILE
-    path.write_text(modeling_code() + "# edited\n" if content == "edited" else content)
+    path.write_text(generate_modeling_code() + "# edited\n" if content == "edited" else content)
     before = bits(saved)
     with pytest.raises(FileExistsError, match="is not as mhc_hf generated it"):
         write_modeling_code(saved)
@@ -151,20 +151,20 @@ def test_a_file_of_the_users_is_not_overwritten(saved, llama, content):
 
 def test_code_of_another_version_is_replaced(saved):
     write_modeling_code(saved)
-    text = modeling_code().replace(f"mhc_hf {mhc_hf.__version__}", "mhc_hf 0.0.1")
+    text = generate_modeling_code().replace(f"mhc_hf {mhc_hf.__version__}", "mhc_hf 0.0.1")
     (saved / CODE_FILE).write_text(text)
     write_modeling_code(saved)
-    assert (saved / CODE_FILE).read_text() == modeling_code()
+    assert (saved / CODE_FILE).read_text() == generate_modeling_code()
 
 
 def test_a_hub_cache_is_not_written_through(saved, tmp_path):
     write_modeling_code(saved)
-    (saved / CODE_FILE).write_text(modeling_code().replace(f"mhc_hf {mhc_hf.__version__}", "mhc_hf 0.0.1"))
+    (saved / CODE_FILE).write_text(generate_modeling_code().replace(f"mhc_hf {mhc_hf.__version__}", "mhc_hf 0.0.1"))
     snapshot = as_hub_cache(saved, tmp_path / "cache")
     before = bits(tmp_path / "cache" / "blobs")
     write_modeling_code(snapshot)
     assert bits(tmp_path / "cache" / "blobs") == before
-    assert (snapshot / CODE_FILE).read_text() == modeling_code()
+    assert (snapshot / CODE_FILE).read_text() == generate_modeling_code()
 
 
 @pytest.mark.parametrize(

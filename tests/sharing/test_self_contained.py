@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from mhc_hf import HyperConnection, verify_conversion
-from mhc_hf.sharing import CODE_FILE, modeling_code
+from mhc_hf.sharing import CODE_FILE, generate_modeling_code
 
 from .conftest import FAMILIES
 from .stranger import HEADS, TOKENS, observe
@@ -87,7 +87,7 @@ def test_where_the_package_is_imported_its_classes_are_taken_and_the_others_go_o
 def test_the_package_loads_and_verifies_the_folder_as_ever(folders, family):
     model = AutoModelForCausalLM.from_pretrained(folders / family, trust_remote_code=True)
     assert any(isinstance(module, HyperConnection) for module in model.modules())
-    assert (folders / family / CODE_FILE).read_text() == modeling_code()
+    assert (folders / family / CODE_FILE).read_text() == generate_modeling_code()
     if family == "llama":
         verified = verify_conversion(folders.parent / "bases" / family, folders / family)
         assert verified, str(verified)

@@ -98,6 +98,9 @@ def merge(
             module.cuts += [node for name, node in module.bound.items() if name not in wanted]
     final = _final_names(modules)
     objects = {name for module in modules.values() for name in _used_as_objects(module)}
+    doubled = sorted({modules[name].stem for name in objects} & set(final.values()))
+    if doubled:
+        raise CannotMerge(f"names of modules that are used as objects, and of something else: {', '.join(doubled)}")
     head = f"from __future__ import annotations\n\n{_external_imports(modules, bool(objects))}\n\n"
     sections = []
     for module in modules.values():

@@ -46,7 +46,7 @@ _HEADER = """# This file is generated; to change it, change mhc_hf and generate 
 
 
 @functools.cache
-def modeling_code() -> str:
+def generate_modeling_code() -> str:
     """The text of `modeling_mhc.py`."""
     root = files(_PACKAGE)
     sources = {name: root.joinpath(f"{name.replace('.', '/')}.py").read_text("utf-8") for name in MODULES}
@@ -106,7 +106,7 @@ def _write(folder: Path) -> Path:
     path = folder / CODE_FILE
     if path.exists() and not _is_generated(path.read_text(encoding="utf-8", errors="replace")):
         raise FileExistsError(f"{path} is not as mhc_hf generated it, and is not overwritten. Move it away first.")
-    _put(path, modeling_code())
+    _put(path, generate_modeling_code())
     return path
 
 
