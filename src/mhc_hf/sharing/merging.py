@@ -104,7 +104,7 @@ def merge(
     head = f"from __future__ import annotations\n\n{_external_imports(modules, bool(objects))}\n\n"
     sections = []
     for module in modules.values():
-        sections.append(f"{_banner(module)}\n\n{_rewrite(module, modules, final)}")
+        sections.append(f"{_banner(module)}\n\n\n{_rewrite(module, modules, final)}")
         if module.name in objects:
             sections.append(_namespace(module, final))
     return head + "\n\n\n".join(sections) + "\n"
