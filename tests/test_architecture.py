@@ -25,6 +25,7 @@ ORDER = [
     "modeling.families",
     "modeling.modeling_mhc",
     "modeling",
+    "sharing",
     "conversion",
     "plotting",
     "inspection",

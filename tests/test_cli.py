@@ -40,6 +40,12 @@ def test_convert_then_verify(base, tmp_path, capsys):
         assert words in printed
 
 
+def test_a_self_contained_conversion_says_how_else_it_loads(base, tmp_path, capsys):
+    assert main(["convert", str(base), str(tmp_path / "out"), "--self-contained"]) == 0
+    assert "or, without mhc_hf, with trust_remote_code=True" in capsys.readouterr().out
+    assert (tmp_path / "out" / "modeling_mhc.py").is_file()
+
+
 def test_verify_exits_with_1_where_the_function_differs(base, tmp_path, capsys):
     assert main(["convert", str(base), str(tmp_path / "out"), "--copy", "--dtype", "float32"]) == 0
     tensors = load_file(tmp_path / "out" / "mhc.safetensors")

@@ -15,6 +15,7 @@ from .modeling import (
     MHCForTokenClassification,
     MHCModel,
 )
+from .sharing import write_modeling_code
 
 if TYPE_CHECKING:
     from .training import StreamMonitorCallback, mhc_param_groups
@@ -33,6 +34,7 @@ __all__ = [
     "convert_checkpoint",
     "mhc_param_groups",
     "verify_conversion",
+    "write_modeling_code",
 ]
 
 

@@ -60,6 +60,9 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         "--overwrite", action="store_true", help="replace an earlier conversion in which nothing has changed since"
     )
     parser.add_argument("--copy", action="store_true", help="copy the base's weights even where they could be shared")
+    parser.add_argument(
+        "--self-contained", action="store_true", help="add the code with which trust_remote_code=True loads the folder"
+    )
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -74,6 +77,7 @@ def convert(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         overwrite=arguments.overwrite,
         copy=arguments.copy,
+        self_contained=arguments.self_contained,
     )
     print(report)
     return 0

@@ -1,8 +1,10 @@
-"""A small Hub on loopback: the few addresses that huggingface_hub asks when it downloads a snapshot.
+"""A small Hub on loopback: the few addresses that huggingface_hub asks when it downloads a snapshot or uploads files.
 
-A repository is a folder. Its files are served under one commit, with the headers from which the client makes its cache.
+A repository is a folder. Its files are served under one commit, the last, with the headers from which the client makes
+its cache. Repositories that are created get a folder in `new`.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -14,11 +16,12 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """Serves `repos` (id -> folder); those in `private` want the token. `requests` records what was asked, and how."""
+    """Serves `repos` (id -> folder); private ones and writers need the token. `requests` records what was asked."""
 
-    def __init__(self, repos, private=(), token="hf_secret"):
+    def __init__(self, repos, private=(), token="hf_secret", new=None):
         self.repos = {name: Path(folder) for name, folder in repos.items()}
-        self.private, self.token = set(private), token
+        self.private, self.token, self.new = set(private), token, new
+        self.pushes = dict.fromkeys(repos, 0)
         self.requests, self.connections = [], []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
@@ -28,7 +31,19 @@ class Hub:
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def commit(self, repo):
-        return hashlib.sha1(repo.encode()).hexdigest()
+        return hashlib.sha1(f"{repo}{self.pushes[repo] or ''}".encode()).hexdigest()
+
+    def create(self, repo):
+        self.repos[repo] = Path(self.new, repo.replace("/", "--"))
+        self.repos[repo].mkdir()
+        self.pushes[repo] = 0
+
+    def push(self, repo, files):
+        for name, content in files.items():
+            path = self.repos[repo] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        self.pushes[repo] += 1
 
     def files(self, repo):
         folder = self.repos[repo]
@@ -64,6 +79,37 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.answer(with_body=False)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = unquote(urlsplit(self.path).path).strip("/")
+        authorization = self.headers.get("Authorization")
+        self.hub.requests.append((self.command, path, authorization))
+        if path == "api/validate-yaml":
+            return self.send_json({"warnings": [], "errors": []}, True)
+        if authorization != f"Bearer {self.hub.token}":
+            return self.fail(401, "Unauthorized", "Invalid credentials", True)
+        if path == "api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if repo in self.hub.repos:
+                return self.fail(409, "Conflict", "You already created this model repo", True)
+            self.hub.create(repo)
+            return self.send_json({"url": f"{self.hub.address}/{repo}"}, True)
+        repo, (action, revision) = "/".join(path.split("/")[2:4]), path.split("/")[4:]
+        if action == "preupload":
+            # nothing here is so large that it had to go another way than in the commit itself
+            modes = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return self.send_json({"files": modes}, True)
+        assert (action, revision) == ("commit", "main")
+        operations = [json.loads(line) for line in body.splitlines()]
+        files = [operation["value"] for operation in operations if operation["key"] == "file"]
+        self.hub.push(repo, {file["path"]: base64.b64decode(file["content"]) for file in files})
+        commit = self.hub.commit(repo)
+        return self.send_json({"commitOid": commit, "commitUrl": f"{self.hub.address}/{repo}/commit/{commit}"}, True)
 
     def answer(self, with_body):
         path = unquote(urlsplit(self.path).path).strip("/")

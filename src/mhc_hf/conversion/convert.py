@@ -23,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..modeling import HyperConnection
 from . import companions, takeover
+from .card import CARD, model_card
 from .errors import DamagedCheckpoint, NotEnoughSpace
 from .manifest import WrittenFile, describe, write_manifest
 from .output import is_full, require_replaceable, require_space, resolve_output
@@ -46,6 +47,7 @@ def convert_checkpoint(
     token: str | bool | None = None,
     overwrite: bool = False,
     copy: bool = False,
+    self_contained: bool = False,
 ) -> ConversionReport:
     """Widen a pretrained decoder into `hc_mult` residual streams, exactly preserving its function.
 
@@ -59,6 +61,8 @@ def convert_checkpoint(
         token: Hub token; None takes the one that `hf auth login` stored.
         overwrite: replace a folder that an earlier conversion wrote, if nothing in it is new or changed since.
         copy: copy the base's weights even where they could be shared.
+        self_contained: write modelling code beside the weights, so that `trust_remote_code=True` loads the folder where
+            this package is not installed. See docs/sharing.md.
     Returns:
         The report; `str()` of it is made to be printed.
     Raises:
@@ -71,7 +75,7 @@ def convert_checkpoint(
     check_start(hc_mult, start)
     opened = open_source(source, revision, token)
     final = resolve_output(output_dir, opened.folder, overwrite)
-    plan = make_plan(opened, final, hc_mult, start, torch_dtype, overwrite, copy)
+    plan = make_plan(opened, final, hc_mult, start, torch_dtype, overwrite, copy, self_contained)
     try:
         files = _build(plan)
     except OSError as error:
@@ -95,6 +99,7 @@ def convert_checkpoint(
         bytes_copied=count["copied"],
         bytes_written=count["written"],
         has_tokenizer=plan.tokenizer is not None,
+        self_contained=plan.self_contained,
         seconds=time.monotonic() - begin,
     )
 
@@ -109,13 +114,7 @@ def _build(plan: Plan) -> list[WrittenFile]:
         _write_index(plan, folder)
         plan.config.save_pretrained(folder)
         companions.carry(plan.source, plan.tokenizer, folder)
-        card = companions.model_card(
-            plan.source,
-            family=str(plan.config.base_model_type),
-            hc_mult=plan.config.hc_mult,
-            start=plan.config.hc_start,
-        )
-        (folder / companions.CARD).write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(model_card(plan), encoding="utf-8")
         files = describe(folder, weights)
         write_manifest(folder, _facts(plan), files)
 

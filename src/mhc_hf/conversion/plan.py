@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from ..modeling import HyperConnection, MHCConfig
 from ..modeling.families import family_of
 from ..modeling.starts import CONVERSION_STARTS, default_start
+from ..sharing.modeling_code import auto_map
 from . import companions
 from .checkpoint import Checkpoint, read_checkpoint, read_config
 from .errors import ConversionError, UnusableOutput, UnusableSource
@@ -39,6 +40,7 @@ class Plan:
     dtype: torch.dtype | None
     overwrite: bool
     copy: bool
+    self_contained: bool
 
     @property
     def names(self) -> dict[str, str]:
@@ -79,6 +81,7 @@ def make_plan(
     dtype: torch.dtype | None,
     overwrite: bool,
     copy: bool,
+    self_contained: bool,
 ) -> Plan:
     """Look at everything, write nothing."""
     raw_config = read_config(source)
@@ -91,7 +94,7 @@ def make_plan(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     sites = {name: module for name, module in model.named_modules() if isinstance(module, HyperConnection)}
-    plan = Plan(source, final, config, checkpoint, sites, tokenizer, dtype, overwrite, copy)
+    plan = Plan(source, final, config, checkpoint, sites, tokenizer, dtype, overwrite, copy, self_contained)
     already = sorted(plan.mhc_shapes.keys() & checkpoint.tensors.keys())
     if already:
         raise UnusableSource(
@@ -106,6 +109,8 @@ def make_plan(
     require_space(final, plan.room([shard for shard in checkpoint.shards if not plan.shared(shard)]))
     if dtype is not None:
         config.dtype = dtype
+    if self_contained:
+        config.auto_map = auto_map(str(config.base_model_type))
     return plan
 
 

@@ -22,6 +22,7 @@ class ConversionReport:
         bytes_copied: of base shards copied as they are.
         bytes_written: of everything that was written anew; a `phi` of zeros counts in full, and takes no room.
         has_tokenizer: whether the base had a tokenizer to bring along.
+        self_contained: whether modelling code is beside the weights.
         seconds: wall time, downloads included.
     """
 
@@ -36,6 +37,7 @@ class ConversionReport:
     bytes_copied: int
     bytes_written: int
     has_tokenizer: bool
+    self_contained: bool
     seconds: float
 
     def __str__(self) -> str:
@@ -52,6 +54,8 @@ class ConversionReport:
             "  import mhc_hf; from transformers import AutoModelForCausalLM",
             f"  model = AutoModelForCausalLM.from_pretrained({str(self.output_dir)!r})",
         ]
+        if self.self_contained:
+            lines.append("or, without mhc_hf, with trust_remote_code=True")
         return "\n".join(lines)
 
 

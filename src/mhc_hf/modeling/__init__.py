@@ -1,5 +1,7 @@
 """The Hugging Face classes of a widened decoder."""
 
+from transformers import AutoConfig
+
 from .configuration_mhc import MHCConfig
 from .hyper_connection import HyperConnection
 from .modeling_mhc import (
@@ -19,3 +21,5 @@ __all__ = [
     "MHCForTokenClassification",
     "MHCModel",
 ]
+
+AutoConfig.register(MHCConfig.model_type, MHCConfig, exist_ok=True)

@@ -6,9 +6,11 @@ class of its own, `MHCLlamaConfig(LlamaConfig, MHCConfig)` and so on, made when 
 
 import functools
 from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .projections import PROJECTIONS
@@ -18,6 +20,8 @@ from .starts import STARTS
 on_new_family: list[Callable[[type["MHCConfig"]], None]] = []
 # called with each configuration that `from_base` makes: `families` refuses here what does not fit
 on_from_base: list[Callable[["MHCConfig"], None]] = []
+# called with each configuration before it is saved, and its folder: `sharing` puts code there that `auto_map` names
+before_save: list[Callable[["MHCConfig", Path], None]] = []
 
 
 class MHCConfig(PreTrainedConfig):
@@ -128,7 +132,8 @@ class MHCConfig(PreTrainedConfig):
                 "`...ForCausalLM` that has it."
             )
         values = config.to_dict()
-        for name in ("model_type", "transformers_version"):
+        # `auto_map` names code of the base's own, which is not for this model
+        for name in ("model_type", "transformers_version", "auto_map"):
             values.pop(name, None)
         family = config_class_for(config.model_type)
         values["architectures"] = [family.__name__.removesuffix("Config") + "ForCausalLM"]
@@ -139,6 +144,11 @@ class MHCConfig(PreTrainedConfig):
         for check in on_from_base:
             check(widened)
         return widened
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        for save_with_it in before_save:
+            save_with_it(self, Path(save_directory))
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -207,6 +217,3 @@ def __getattr__(name: str) -> type[MHCConfig]:
 def _check_int(name: str, value: Any, minimum: int, cure: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value!r}. {cure}.")
-
-
-AutoConfig.register(MHCConfig.model_type, MHCConfig, exist_ok=True)

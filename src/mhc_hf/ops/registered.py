@@ -13,6 +13,7 @@ site, as it came. `read`'s backward then does what a write's would, H_res^T d_x_
 that it makes over x anyway, and no partial d_x is written, read and added.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -27,6 +28,9 @@ from .sinkhorn import backpropagate_projection, project_doubly_stochastic
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# "mhc_hf"; a copy of this code that came with a model's weights goes by its own name, and may be loaded beside us
+_NAMESPACE = re.sub(r"\W", "_", __name__.removesuffix(".ops.registered"), flags=re.ASCII)
 
 
 @cache
@@ -51,7 +55,7 @@ def get_implementation(backend: str) -> ModuleType:
 
 def _register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     op = torch.library.custom_op(
-        f"mhc_hf::{name}", exempt_from_autocast(implementation), mutates_args=(), schema=schema
+        f"{_NAMESPACE}::{name}", exempt_from_autocast(implementation), mutates_args=(), schema=schema
     )
     op.register_fake(fake)
     return op

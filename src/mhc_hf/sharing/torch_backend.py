@@ -1,0 +1,14 @@
+"""Which backend runs in code that is shared beside weights: PyTorch, everywhere."""
+
+from torch import Tensor
+
+
+def choose_backend(backend: str, x: Tensor, n: int) -> str:
+    """ "torch".
+
+    Raises:
+        ValueError: `backend` names another one.
+    """
+    if backend not in ("auto", "torch"):
+        raise ValueError(f'`backend={backend!r}` comes with the package mhc_hf. Here it must be "auto" or "torch".')
+    return "torch"
