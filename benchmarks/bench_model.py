@@ -183,8 +183,7 @@ def measure_steps(models, tokens, device, arguments) -> tuple[dict, dict]:
     for depth, pair in models.items():
         for name, model in pair.items():
             steps[depth, name] = make_step(model, model, tokens)
-            # under torch.compile the compiler's partitioner decides what is kept, whatever hc_recompute says
-            if not arguments.eager and "recompute" not in name:
+            if not arguments.eager:
                 steps[depth, f"{name}, compiled"] = make_step(torch.compile(model, dynamic=False), model, tokens)
     times = time_in_turns(steps, device, arguments.rounds)
     for pair in models.values():

@@ -133,11 +133,15 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 def doctor(arguments: argparse.Namespace) -> int:
     import platform
 
+    import torch
+
     from .modeling.families import supported_families
 
     print(f"python          {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in _PACKAGES:
-        print(f"{package:<15} {_version(package) or 'not installed'}")
+    # torch's own word for itself says which build it is
+    versions = {package: _version(package) for package in _PACKAGES} | {"torch": torch.__version__}
+    for package, found in versions.items():
+        print(f"{package:<15} {found or 'not installed'}")
     for line in _devices():
         print(f"device          {line}")
     print(f"families        {', '.join(supported_families())}")

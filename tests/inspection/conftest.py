@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from mhc_hf import HyperConnection, MHCForCausalLM
 
 from ..conftest import VOCAB_SIZE
 
+# transformers 5.17 calls it by another name
+GLM_ATTENTION = next(name for name in ("indexed_attention", "deepseek_sparse_attention") if name in ALLOWED_LAYER_TYPES)
 TINY = dict(vocab_size=VOCAB_SIZE, hidden_size=64, num_hidden_layers=3, pad_token_id=0, hc_mult=4)
 TINY_TRANSFORMERS_MODELS = {
     "deepseek_v4": TINY
@@ -46,7 +49,7 @@ TINY_TRANSFORMERS_MODELS = {
         index_n_heads=2,
         linear_head_dim=16,
         linear_num_heads=4,
-        layer_types=["linear_attention", "linear_attention", "indexed_attention"],
+        layer_types=["linear_attention", "linear_attention", GLM_ATTENTION],
     ),
 }
 

@@ -12,9 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mhc_hf import MHCForCausalLM
+from mhc_hf.training.pipeline import GREETS_ITSELF
 
 from ..conftest import tiny_model
 from .launching import ROOT, run_python
+from .two_ranks import GROUPS_BY_DTYPE
 
 pytestmark = pytest.mark.slow
 SMALL = ["--max-steps", "3", "--batch-size", "4", "--context", "24"]
@@ -69,7 +71,8 @@ def test_lora_leaves_an_adapter_and_goes_on_where_it_was_stopped(folder):
     assert state["global_step"] == 5 and (output / "checkpoint-4").is_dir()
 
 
-@pytest.mark.parametrize(("model", "ranks"), [("base", 1), ("widened", 2)])
+# transformers 5.17 wraps a sharded model in DDP
+@pytest.mark.parametrize(("model", "ranks"), [("base", 1), *([("widened", 2)] if GROUPS_BY_DTYPE else [])])
 def test_full_leaves_a_trained_model(folder, model, ranks):
     sharded = ["--fsdp-size", "2"] if ranks == 2 else []
     output = run_example("finetune_full.py", folder, *SMALL, "--lr", "1e-3", *sharded, model=model, ranks=ranks)
@@ -86,7 +89,9 @@ def test_pretraining_leaves_a_model_of_the_papers_start(folder):
 
 
 def test_pipeline_leaves_a_trained_model(folder):
-    output = run_example("finetune_pipeline.py", folder, *SMALL, "--microbatches", "4", "--lr", "1e-3", ranks=2)
+    schedule = ["--schedule", "Interleaved1F1B"] if GREETS_ITSELF else []
+    arguments = [*SMALL, "--microbatches", "4", "--lr", "1e-3", *schedule]
+    output = run_example("finetune_pipeline.py", folder, *arguments, ranks=2)
     assert_trained(weights(folder / "widened"), weights(output))
 
 

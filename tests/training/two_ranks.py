@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 
 from mhc_hf import HyperConnection
 from mhc_hf.training import TrainingPipeline, mhc_lora_config, mhc_param_groups, shard_widened_model
+from mhc_hf.training.pipeline import GREETS_ITSELF
 
 LEARNING_RATE = 0.05
 # earlier versions of transformers shard layers as one group, which float32 sites and other weights cannot share
@@ -143,8 +144,7 @@ ENGINES = {
     "gpipe": run_pipeline("GPipe"),
     "1f1b": run_pipeline("1F1B"),
     "interleaved": run_pipeline("Interleaved1F1B"),
-    "zbv": run_pipeline("ZBVZeroBubble"),
-    "dualpipev": run_pipeline("DualPipeV"),
+    **({} if GREETS_ITSELF else {"zbv": run_pipeline("ZBVZeroBubble"), "dualpipev": run_pipeline("DualPipeV")}),
 }
 
 

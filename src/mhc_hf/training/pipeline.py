@@ -24,6 +24,8 @@ LAYOUTS = {
     "DualPipeV": (2, "v"),
 }
 IGNORED_LABEL = -100
+# earlier versions of PyTorch greet the next stage by a message, and in a V that is the same rank once: gloo has no such
+GREETS_ITSELF = not hasattr(PipelineStage, "_warmup_forward_vote")
 
 
 class TrainingPipeline:
@@ -41,6 +43,7 @@ class TrainingPipeline:
     Raises:
         ValueError: the model cannot be cut so (see `split_into_stages`), the schedule is unknown or finds
             `num_microbatches` unfit, or tied embeddings would lie on two ranks.
+        RuntimeError: a V-shaped schedule over gloo with a PyTorch that cannot run it there.
     """
 
     def __init__(
@@ -57,6 +60,11 @@ class TrainingPipeline:
             raise ValueError(f"`num_microbatches` must be an integer >= 1, got {num_microbatches!r}.")
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         stages_per_rank, style = LAYOUTS[schedule]
+        if style == "v" and GREETS_ITSELF and dist.get_backend(group) == "gloo":
+            raise RuntimeError(
+                f"`schedule={schedule!r}` over gloo needs a newer PyTorch than {torch.__version__}: here a rank would "
+                'have to send to itself. Take NCCL, torch 2.13, or "GPipe", "1F1B" or "Interleaved1F1B".'
+            )
         num_stages = stages_per_rank * num_ranks
         stages = split_into_stages(model, num_stages)
         rank_of_stage = [_rank_of(index, num_ranks, style) for index in range(num_stages)]
