@@ -5,12 +5,19 @@ import multiprocessing
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    CompileConfig,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
-from mhc_hf import HyperConnection, MHCForCausalLM
+from mhc_hf import HyperConnection, MHCConfig, MHCForCausalLM
 
 from ..conftest import VOCAB_SIZE
-from .family_models import family_model
+from .family_models import family_config, family_model
 
 # one of each form: plain, parallel with layers that return tuples, sandwich, experts, hybrid, scaled streams
 FORMS = ["llama", "gptj", "gemma3_text", "mixtral", "qwen3_next", "gemma4_text"]
@@ -56,6 +63,29 @@ def test_assisted_decoding_changes_no_token(models, prompt):
     # and a widened model drafts as well as its base does
     drafted = base.generate(prompt[:1], max_new_tokens=16, do_sample=False, assistant_model=widened)
     assert torch.equal(drafted, expected)
+
+
+@pytest.mark.slow
+def test_compiled_generation_gives_the_bases_tokens(prompt):
+    """By the compiler that users have, with the static cache that transformers compiles for."""
+    base = family_model("llama", num_hidden_layers=2)
+    widened = MHCForCausalLM.from_base(base)
+    compile_config = CompileConfig()
+    # off a GPU it does so on demand only
+    compile_config._compile_all_devices = True
+    arguments = dict(max_new_tokens=8, do_sample=False)
+    out = widened.generate(prompt, cache_implementation="static", compile_config=compile_config, **arguments)
+    assert widened._compiled_call is not None
+    assert torch.equal(out, base.generate(prompt, **arguments))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from a GPU only")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_change_no_token(prompt, cache):
+    base = family_model("llama").cuda()
+    arguments = dict(max_new_tokens=12, do_sample=False)
+    out = MHCForCausalLM.from_base(base).generate(prompt.cuda(), cache_implementation=cache, **arguments)
+    assert torch.equal(out, base.generate(prompt.cuda(), **arguments))
 
 
 @families(*(form for form in FORMS if form != "gemma4_text"))  # which looks its per-layer inputs up by token
@@ -173,6 +203,15 @@ def test_tied_embeddings_are_resized_together(prompt):
     assert distance(models[1](prompt).logits, models[0](prompt).logits) <= 1e-5
 
 
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2", "opt"])
+def test_heads_find_embeddings_of_other_names(model_type):
+    model = AutoModelForQuestionAnswering.from_config(MHCConfig.from_base(family_config(model_type)))
+    embeddings = model.get_input_embeddings()
+    assert embeddings is model.base_model.get_input_embeddings() and embeddings.num_embeddings == VOCAB_SIZE
+    model.resize_token_embeddings(VOCAB_SIZE + 6)
+    assert model.get_input_embeddings().num_embeddings == VOCAB_SIZE + 6
+
+
 @torch.no_grad()
 @families("llama", "qwen3_next")
 def test_layers_are_offloaded_to_disk(models, prompt, tmp_path):
@@ -195,6 +234,8 @@ def test_dtype_auto_is_the_checkpoints(prompt, tmp_path):
     assert {p.dtype for m in loaded.modules() if isinstance(m, HyperConnection) for p in m.parameters()} == {
         torch.float32
     }
+    # what quantisers and sharding ask for names the sites that are there, and none beside
+    assert loaded._keep_in_fp32_modules_strict == {"attn_hc", "ffn_hc"}
     assert loaded(prompt).logits.isfinite().all()
 
 
@@ -254,27 +295,3 @@ def test_a_spawned_process_gets_the_model(models, prompt):
     process.join()
     with torch.no_grad():
         assert distance(logits, models[1](prompt).logits) <= 1e-6
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_an_int8_base_is_widened_with_its_mhc_parameters_untouched(prompt, tmp_path):
-    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
-    from transformers import TorchAoConfig
-
-    base = family_model("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    base.save_pretrained(tmp_path / "base")
-    widened = MHCForCausalLM.from_base(base)
-    widened.save_pretrained(tmp_path / "widened")
-
-    def int8():
-        return dict(quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig()))
-
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **int8())(prompt).logits
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "widened", **int8())
-    for quantized in (loaded, MHCForCausalLM.from_base(tmp_path / "base", **int8())):
-        assert type(quantized.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
-        assert distance(quantized(prompt).logits, expected) <= 1e-5
-    for name, parameter in widened.named_parameters():
-        if "_hc." in name:
-            assert torch.equal(loaded.get_parameter(name), parameter), name

@@ -33,7 +33,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputReco
 
 from .configuration_mhc import MHCConfig, config_class_for, conversion_name, on_from_base
 from .layer import MHCDecoderLayer
-from .sublayers import FAMILIES, REFUSED, SITE_NAMES, Family
+from .sublayers import FAMILIES, REFUSED, Family
 
 HEADS = {
     AutoModelForSequenceClassification: GenericForSequenceClassification,
@@ -181,7 +181,6 @@ def _make_class(
         "config_class": config_class,
         "_can_record_outputs": _recorded_outputs(base),
         "_no_split_modules": [*(base._no_split_modules or []), MHCDecoderLayer.__name__],
-        "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or []), *SITE_NAMES],
         # both are found by reading the source of the class's module, which here is this file
         "_can_set_attn_implementation_cached_value": base_model._can_set_attn_implementation(),
         "_can_set_experts_implementation_cached_value": base_model._can_set_experts_implementation(),
