@@ -16,7 +16,7 @@ from transformers import (
 
 from mhc_hf import HyperConnection, MHCConfig, MHCForCausalLM
 
-from ..conftest import VOCAB_SIZE
+from ..conftest import VOCAB_SIZE, streams_between_layers
 from .family_models import family_config, family_model
 
 # one of each form: plain, parallel with layers that return tuples, sandwich, experts, hybrid, scaled streams
@@ -134,13 +134,13 @@ def test_hidden_states_attentions_and_router_logits_are_captured(models, prompt)
         arguments["output_router_logits"] = True
     expected, out = base(prompt, **arguments), widened(prompt, **arguments)
     assert len(out.hidden_states) == len(expected.hidden_states)
-    n = widened.config.hc_mult
-    for streams, hidden in zip(out.hidden_states[1:-1], expected.hidden_states[1:-1], strict=True):
-        assert streams.shape == (*hidden.shape[:-1], n * hidden.shape[-1])
-        # the base's hidden state is the mean of the streams
-        assert distance(streams.unflatten(-1, (n, -1)).mean(-2), hidden) <= 1e-5
-    for at in (0, -1):
-        assert distance(out.hidden_states[at], expected.hidden_states[at]) <= 1e-5
+    for got, want in zip(out.hidden_states, expected.hidden_states, strict=True):
+        assert got.shape == want.shape and distance(got, want) <= 1e-5
+    # the streams behind them differ
+    for streams, mean in zip(streams_between_layers(widened, prompt), out.hidden_states[1:-1], strict=True):
+        assert distance(streams.mean(-2), mean) <= 1e-5 < distance(streams, mean[..., None, :].expand_as(streams))
+    as_tuple = widened(prompt, output_hidden_states=True, return_dict=False)
+    assert any(isinstance(x, tuple) and len(x) == len(out.hidden_states) for x in as_tuple)
     for name in ("attentions", *(["router_logits"] if "output_router_logits" in arguments else [])):
         assert len(out[name]) == len(expected[name]) > 0
         for got, want in zip(out[name], expected[name], strict=True):

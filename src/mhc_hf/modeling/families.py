@@ -32,6 +32,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
 from .configuration_mhc import MHCConfig, config_class_for, conversion_name, on_from_base
+from .hidden_states import give_hidden_states_of_the_base
 from .layer import MHCDecoderLayer
 from .sublayers import FAMILIES, REFUSED, Family
 
@@ -139,7 +140,8 @@ def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
     base_causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     stem = config_class.__name__.removesuffix("Config")
 
-    model = _make_class(f"{stem}Model", (mixins.model, base_model), config_class, base_model, base_model)
+    model: Any = _make_class(f"{stem}Model", (mixins.model, base_model), config_class, base_model, base_model)
+    model.forward = give_hidden_states_of_the_base(base_model.forward)
     AutoModel.register(config_class, model)
     causal_lm = _make_class(
         f"{stem}ForCausalLM",

@@ -98,7 +98,7 @@ class MHCPreTrainedModel(PreTrainedModel):
 
 
 class MHCModel(MHCPreTrainedModel):
-    """The decoder without a head. It returns what its base returns; hidden states between layers are [B, S, n*C]."""
+    """The decoder without a head. It returns what its base returns, hidden states [B, S, C] included."""
 
     _auto_class_of_kind = AutoModel
 
