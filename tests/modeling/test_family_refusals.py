@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, Qwen3_5Config
-
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mhc_hf import MHCConfig, MHCForCausalLM

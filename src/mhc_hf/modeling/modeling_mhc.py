@@ -210,7 +210,7 @@ def _widen_in_memory(model: PreTrainedModel, config: MHCConfig) -> PreTrainedMod
     with torch.device("meta"):
         widened = family(config)
     missing, unexpected = widened.load_state_dict(model.state_dict(), assign=True, strict=False)
-    strange = [*unexpected, *(name for name in missing if name.split(".")[-2] not in SITE_NAMES)]
+    strange = [*unexpected, *(name for name in missing if not any(f".{site}." in name for site in SITE_NAMES))]
     if strange:
         raise ValueError(
             f"`model_or_path` is not a {base_class.__name__} as it was made: they differ in {strange[0]} and "
