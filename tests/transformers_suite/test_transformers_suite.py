@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 SOURCE = Path(os.environ.get("TRANSFORMERS_SOURCE", ""))
 # what is skipped on widened models only, and why
 SKIPPED = {
-    "test_moe_models_record_router_logits": "it reads the file that the class is written in, and ours is made at run time",
+    "test_moe_models_record_router_logits": "it reads the source of the class, which is made at run time",
 }
 
 
