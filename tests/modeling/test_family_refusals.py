@@ -39,11 +39,16 @@ def test_every_causal_language_model_is_in_the_table_or_refused_before_anything_
         return
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
-    with pytest.raises(ConversionError, match=r"cannot be widened: |is not supported: |composite"):
+    with pytest.raises(ConversionError, match=r"cannot be widened: |is not supported: |is a composite one: "):
         convert_checkpoint(tmp_path / "source", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     with pytest.raises(ValueError, match=rf"`base_model_type='{model_type}'`"):
         MHCConfig(base_model_type=model_type)
+
+
+def test_a_composite_checkpoint_names_its_decoder():
+    with pytest.raises(ValueError, match=r"composite one: it holds a gemma3_text decoder beside"):
+        MHCConfig(base_model_type="gemma3")
 
 
 def test_a_learned_residual_scale_is_not_taken_for_a_plain_addition():

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoModel,
@@ -70,6 +71,13 @@ def family_of(base_model_type: str) -> Family:
         raise ValueError(
             f"`base_model_type={base_model_type!r}` cannot be widened: {REFUSED[base_model_type]}. "
             "Hyper-connections take the place of additions x + F(x). See docs/families.md for the families that fit."
+        )
+    parts: Any = CONFIG_MAPPING[base_model_type].sub_configs if base_model_type in CONFIG_MAPPING else {}
+    decoder = getattr(parts.get("text_config"), "model_type", None)
+    if decoder in FAMILIES:
+        raise ValueError(
+            f"`base_model_type={base_model_type!r}` is a composite one: it holds a {decoder} decoder beside others, "
+            "and only a decoder alone can be widened. Save that first, from the `...ForCausalLM` that has it."
         )
     raise ValueError(
         f"`base_model_type={base_model_type!r}` is not supported: its decoder layer has not been checked against "
