@@ -14,10 +14,10 @@ from transformers import (
     pipeline,
 )
 
-from mhc_hf import HyperConnection, MHCConfig, MHCForCausalLM
+from mhc_hf import HyperConnection, MHCForCausalLM, MHCModel
 
 from ..conftest import VOCAB_SIZE, streams_between_layers
-from .family_models import family_config, family_model
+from .family_models import family_model
 
 # one of each form: plain, parallel with layers that return tuples, sandwich, experts, hybrid, scaled streams
 FORMS = ["llama", "gptj", "gemma3_text", "mixtral", "qwen3_next", "gemma4_text"]
@@ -203,13 +203,18 @@ def test_tied_embeddings_are_resized_together(prompt):
     assert distance(models[1](prompt).logits, models[0](prompt).logits) <= 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2", "opt"])
-def test_heads_find_embeddings_of_other_names(model_type):
-    model = AutoModelForQuestionAnswering.from_config(MHCConfig.from_base(family_config(model_type)))
-    embeddings = model.get_input_embeddings()
-    assert embeddings is model.base_model.get_input_embeddings() and embeddings.num_embeddings == VOCAB_SIZE
-    model.resize_token_embeddings(VOCAB_SIZE + 6)
-    assert model.get_input_embeddings().num_embeddings == VOCAB_SIZE + 6
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2", "falcon", "opt", "llama4_text"])
+def test_heads_load_the_decoder_whatever_the_family_calls_it(model_type, prompt, tmp_path):
+    widened = MHCForCausalLM.from_base(family_model(model_type))
+    widened.save_pretrained(tmp_path)
+    head, info = AutoModelForQuestionAnswering.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"qa_outputs.weight", "qa_outputs.bias"}
+    decoders = [next(m for m in model.children() if isinstance(m, MHCModel)) for model in (widened, head)]
+    assert torch.equal(*(decoder(prompt).last_hidden_state for decoder in decoders))
+    assert head.get_input_embeddings() is decoders[1].get_input_embeddings()
+    head.resize_token_embeddings(VOCAB_SIZE + 6)
+    assert head.get_input_embeddings().num_embeddings == VOCAB_SIZE + 6
 
 
 @torch.no_grad()

@@ -168,6 +168,8 @@ def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
     for auto_class, generic in HEADS.items():
         name = stem + generic.__name__.removeprefix("Generic")
         head = _make_class(name, (mixins.heads[auto_class], generic, pretrained), config_class, pretrained, base_model)
+        # it keeps the decoder under the name that checkpoints of the family have for it
+        head.base_model_prefix = base_model.base_model_prefix
         auto_class.register(config_class, head)
 
     # under the names that transformers will look for, what it has under those of the base
