@@ -59,7 +59,6 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("quantiser", QUANTISERS)
 def test_a_quantised_base_is_widened_with_its_mhc_parameters_untouched(folders, prompt, quantiser):
@@ -77,7 +76,6 @@ def test_a_quantised_base_is_widened_with_its_mhc_parameters_untouched(folders, 
                 assert torch.equal(model.get_parameter(name), parameter), name
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("quantiser", [name for name in QUANTISERS if "quanto" not in name])  # which does not save
 def test_a_quantised_checkpoint_is_converted(folders, prompt, quantiser, tmp_path):
