@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-import mhc_hf  # noqa: F401  (registers with the Auto classes)
+from mhc_hf.modeling.layer import MHCDecoderLayer  # and the Auto classes know the families
 
 VOCAB_SIZE = 97
 
@@ -44,6 +44,23 @@ def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
             else:
                 parameter.mul_(3)
     return model
+
+
+@torch.no_grad()
+def streams_between_layers(model, *args, **kwargs) -> list[torch.Tensor]:
+    """What each layer but the last hands to the next, [B, S, n, C]."""
+    streams = []
+    handles = [
+        layer.register_forward_hook(
+            lambda _, args, out: streams.append((out[0] if isinstance(out, tuple) else out).detach())
+        )
+        for layer in model.modules()
+        if isinstance(layer, MHCDecoderLayer) and not layer.collapses
+    ]
+    model(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return [x.unflatten(-1, (model.config.hc_mult, -1)) for x in streams]
 
 
 @pytest.fixture(scope="session")

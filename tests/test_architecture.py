@@ -22,6 +22,7 @@ ORDER = [
     "modeling.steps",
     "modeling.sublayers",
     "modeling.layer",
+    "modeling.hidden_states",
     "modeling.families",
     "modeling.modeling_mhc",
     "modeling",

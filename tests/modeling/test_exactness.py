@@ -7,7 +7,7 @@ import torch
 
 from mhc_hf import MHCForCausalLM, MHCModel
 
-from ..conftest import tiny_model
+from ..conftest import streams_between_layers, tiny_model
 
 STARTS_BY_MULT = [(2, "copies"), (3, "orthogonal"), (3, "copies"), (4, "orthogonal"), (4, "copies"), (8, "orthogonal")]
 
@@ -79,10 +79,9 @@ def test_bf16_is_no_further_from_float32_than_the_base_is(base, token_ids, n):
 @torch.no_grad()
 def test_streams_hold_different_content_from_the_first_layer(llama, token_ids):
     widened = MHCForCausalLM.from_base(copy.deepcopy(llama), hc_mult=4, start="orthogonal")
-    hidden = widened(token_ids, output_hidden_states=True).hidden_states
-    assert hidden[0].shape == (2, 63, 60) and hidden[1].shape == hidden[2].shape == (2, 63, 240)
-    for streams in hidden[1:3]:
-        x = streams.unflatten(-1, (4, 60))
+    streams = streams_between_layers(widened, token_ids)
+    assert [x.shape for x in streams] == 2 * [(2, 63, 4, 60)]
+    for x in streams:
         spread = (x - x.mean(-2, keepdim=True)).norm() / x.norm()
         assert spread > 0.1
 

@@ -17,7 +17,7 @@ from mhc_hf.modeling.layer import MHCDecoderLayer
 from mhc_hf.modeling.steps import Context, resolve, run_chain
 from mhc_hf.modeling.sublayers import FAMILIES, REFUSED
 
-from ..conftest import VOCAB_SIZE
+from ..conftest import VOCAB_SIZE, streams_between_layers
 from .family_models import WINDOW, family_model, variants_of
 
 CASES = [(family, variant) for family in supported_families() for variant in range(len(variants_of(family)))]
@@ -139,11 +139,9 @@ def test_five_steps_part_the_streams(base, tokens):
         optimizer.zero_grad()
         widened(tokens, labels=tokens).loss.backward()
         optimizer.step()
-    with torch.no_grad():
-        hidden = widened.eval()(tokens, output_hidden_states=True).hidden_states
-    assert len(hidden) == len(layers_of(widened)[1]) + 1
-    for streams in hidden[1:-1]:
-        x = streams.unflatten(-1, (3, -1))
+    streams = streams_between_layers(widened.eval(), tokens)
+    assert len(streams) == len(layers_of(widened)[1]) - 1
+    for x in streams:
         # copies that nothing parts stay equal to the last bit
         assert distance(x.mean(-2, keepdim=True), x) > 1e-6
 

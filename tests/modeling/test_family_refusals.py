@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, Qwen3_5Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mhc_hf import MHCConfig, MHCForCausalLM
+from mhc_hf.conversion import ConversionError, convert_checkpoint
 from mhc_hf.modeling import sublayers
 from mhc_hf.modeling.families import supported_families
 from mhc_hf.modeling.sublayers import FAMILIES, REFUSED, Family
@@ -29,6 +31,24 @@ def test_families_that_do_not_fit_say_why(model_type):
 def test_families_that_are_not_listed_are_not_guessed(model_type):
     with pytest.raises(ValueError, match=r"is not supported: .*a guess could give wrong answers.*Supported: afmoe"):
         MHCConfig.from_base(CONFIG_MAPPING[model_type]())
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_every_causal_language_model_is_in_the_table_or_refused_before_anything_is_written(model_type, tmp_path):
+    if CONFIG_MAPPING[model_type].model_type in FAMILIES:
+        return
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    with pytest.raises(ConversionError, match=r"cannot be widened: |is not supported: |is a composite one: "):
+        convert_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    with pytest.raises(ValueError, match=rf"`base_model_type='{model_type}'`"):
+        MHCConfig(base_model_type=model_type)
+
+
+def test_a_composite_checkpoint_names_its_decoder():
+    with pytest.raises(ValueError, match=r"composite one: it holds a gemma3_text decoder beside"):
+        MHCConfig(base_model_type="gemma3")
 
 
 def test_a_learned_residual_scale_is_not_taken_for_a_plain_addition():
@@ -98,6 +118,15 @@ def test_dropout_is_where_the_family_has_it(model_type):
             logits.append(model.train()(tokens).logits)
     assert not torch.allclose(logits[0], base.eval()(tokens).logits, atol=1e-2), "nothing was dropped"
     assert float((logits[1] - logits[0]).abs().max() / logits[0].abs().max()) <= 1e-5
+
+
+def test_a_base_whose_modules_are_not_its_own_is_refused():
+    """Its weights would be left out without a word."""
+    peft = pytest.importorskip("peft")
+    base = tiny_model("llama")
+    base.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"not a LlamaForCausalLM as it was made: .*q_proj.*Merge or unload adapters"):
+        MHCForCausalLM.from_base(base)
 
 
 def test_aliases_and_names_of_classes(tmp_path):

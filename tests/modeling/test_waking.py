@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from mhc_hf import HyperConnection, MHCConfig, MHCForCausalLM
 
-from ..conftest import tiny_config
+from ..conftest import streams_between_layers, tiny_config
 
 NUM_STEPS = 20
 STARTS_BY_MULT = [(2, "copies"), (3, "orthogonal"), (4, "orthogonal"), (4, "copies"), (8, "orthogonal")]
@@ -31,11 +31,9 @@ def train(model, token_ids, num_steps=NUM_STEPS):
     return gradients[0], gradients[-1]
 
 
-@torch.no_grad()
 def relative_spread(model, token_ids):
     """By how much the streams differ between layers: |x - mean over streams| / |x|, the largest over layers."""
-    hidden = model(token_ids, output_hidden_states=True).hidden_states[1:-1]
-    streams = [h.float().unflatten(-1, (model.config.hc_mult, -1)) for h in hidden]
+    streams = [x.float() for x in streams_between_layers(model, token_ids)]
     return max(float((x - x.mean(-2, keepdim=True)).norm() / x.norm()) for x in streams)
 
 

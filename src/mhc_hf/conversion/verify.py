@@ -114,7 +114,10 @@ def _load(source: Source, dtype: torch.dtype, cast: torch.dtype | None) -> tuple
     """The model on the device that has room for it, and what `from_pretrained` says of its keys."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=cast or dtype, output_loading_info=True)
     model, info = loaded
-    model = model.to(dtype).eval()
+    model = model.eval()
+    if getattr(model, "hf_quantizer", None) is None:
+        # a quantised one has the dtype that its quantiser gave it
+        model = model.to(dtype)
     if torch.cuda.is_available():
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         # half as much again for activations and logits

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoModel,
@@ -32,8 +33,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
 from .configuration_mhc import MHCConfig, config_class_for, conversion_name, on_from_base
+from .hidden_states import give_hidden_states_of_the_base
 from .layer import MHCDecoderLayer
-from .sublayers import FAMILIES, REFUSED, SITE_NAMES, Family
+from .sublayers import FAMILIES, REFUSED, Family
 
 HEADS = {
     AutoModelForSequenceClassification: GenericForSequenceClassification,
@@ -69,6 +71,13 @@ def family_of(base_model_type: str) -> Family:
         raise ValueError(
             f"`base_model_type={base_model_type!r}` cannot be widened: {REFUSED[base_model_type]}. "
             "Hyper-connections take the place of additions x + F(x). See docs/families.md for the families that fit."
+        )
+    parts: Any = CONFIG_MAPPING[base_model_type].sub_configs if base_model_type in CONFIG_MAPPING else {}
+    decoder = getattr(parts.get("text_config"), "model_type", None)
+    if decoder in FAMILIES:
+        raise ValueError(
+            f"`base_model_type={base_model_type!r}` is a composite one: it holds a {decoder} decoder beside others, "
+            "and only a decoder alone can be widened. Save that first, from the `...ForCausalLM` that has it."
         )
     raise ValueError(
         f"`base_model_type={base_model_type!r}` is not supported: its decoder layer has not been checked against "
@@ -139,7 +148,8 @@ def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
     base_causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     stem = config_class.__name__.removesuffix("Config")
 
-    model = _make_class(f"{stem}Model", (mixins.model, base_model), config_class, base_model, base_model)
+    model: Any = _make_class(f"{stem}Model", (mixins.model, base_model), config_class, base_model, base_model)
+    model.forward = give_hidden_states_of_the_base(base_model.forward)
     AutoModel.register(config_class, model)
     causal_lm = _make_class(
         f"{stem}ForCausalLM",
@@ -158,6 +168,8 @@ def register_family(config_class: type[MHCConfig], mixins: Mixins) -> None:
     for auto_class, generic in HEADS.items():
         name = stem + generic.__name__.removeprefix("Generic")
         head = _make_class(name, (mixins.heads[auto_class], generic, pretrained), config_class, pretrained, base_model)
+        # it keeps the decoder under the name that checkpoints of the family have for it
+        head.base_model_prefix = base_model.base_model_prefix
         auto_class.register(config_class, head)
 
     # under the names that transformers will look for, what it has under those of the base
@@ -181,7 +193,6 @@ def _make_class(
         "config_class": config_class,
         "_can_record_outputs": _recorded_outputs(base),
         "_no_split_modules": [*(base._no_split_modules or []), MHCDecoderLayer.__name__],
-        "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or []), *SITE_NAMES],
         # both are found by reading the source of the class's module, which here is this file
         "_can_set_attn_implementation_cached_value": base_model._can_set_attn_implementation(),
         "_can_set_experts_implementation_cached_value": base_model._can_set_experts_implementation(),

@@ -66,6 +66,10 @@ class MHCPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def post_init(self) -> None:
+        sites = {
+            name.rpartition(".")[2] for name, module in self.named_modules() if isinstance(module, HyperConnection)
+        }
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *sites}
         super().post_init()
         if _loads_a_base.get():
             by_design = {rf"\.{site}\." for site in SITE_NAMES}
@@ -94,7 +98,7 @@ class MHCPreTrainedModel(PreTrainedModel):
 
 
 class MHCModel(MHCPreTrainedModel):
-    """The decoder without a head. It returns what its base returns; hidden states between layers are [B, S, n*C]."""
+    """The decoder without a head. It returns what its base returns, hidden states [B, S, C] included."""
 
     _auto_class_of_kind = AutoModel
 
@@ -183,6 +187,9 @@ class MHCForQuestionAnswering(MHCPreTrainedModel):
     """The decoder with a head for the start and the end of an answer."""
 
     _auto_class_of_kind = AutoModelForQuestionAnswering
+    # not the head's own, which look for the name that most families have
+    get_input_embeddings = PreTrainedModel.get_input_embeddings
+    set_input_embeddings = PreTrainedModel.set_input_embeddings
 
 
 def _widen_in_memory(model: PreTrainedModel, config: MHCConfig) -> PreTrainedModel:
@@ -193,9 +200,22 @@ def _widen_in_memory(model: PreTrainedModel, config: MHCConfig) -> PreTrainedMod
         raise ValueError(
             f"`model_or_path` must be a {base_class.__name__} (or a path to one), got a {type(model).__name__}."
         )
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        raise ValueError(
+            f"`model_or_path` is quantised ({quantizer.quantization_config.quant_method}), and its modules are not "
+            "those that a widened model is made of. Widen it as it loads: MHCForCausalLM.from_base(path, "
+            "quantization_config=...)."
+        )
     with torch.device("meta"):
         widened = family(config)
-    widened.load_state_dict(model.state_dict(), assign=True, strict=False)
+    missing, unexpected = widened.load_state_dict(model.state_dict(), assign=True, strict=False)
+    strange = [*unexpected, *(name for name in missing if not any(f".{site}." in name for site in SITE_NAMES))]
+    if strange:
+        raise ValueError(
+            f"`model_or_path` is not a {base_class.__name__} as it was made: they differ in {strange[0]} and "
+            f"{len(strange) - 1} others. Merge or unload adapters, and undo other changes of its modules, first."
+        )
     # buffers that are not saved, such as rotary frequencies, are not in the state dict
     for name, buffer in model.named_buffers():
         owner_name, _, buffer_name = name.rpartition(".")

@@ -28,7 +28,7 @@ MODULES = (
     *("ops.reference", "ops.checks", "sharing.torch_backend", "ops.copies", "ops.sinkhorn", "ops.few", "ops.eager"),
     *("ops.registered", "ops.functional", "modeling.projections", "modeling.starts", "modeling.configuration_mhc"),
     *("modeling.recompute", "modeling.hyper_connection", "modeling.steps", "modeling.sublayers", "modeling.layer"),
-    *("modeling.families", "modeling.modeling_mhc", "sharing.beside_weights"),
+    *("modeling.hidden_states", "modeling.families", "modeling.modeling_mhc", "sharing.beside_weights"),
 )
 _PACKAGE = __name__.partition(".")[0]
 _DIGEST = "# sha256 of what follows: "
