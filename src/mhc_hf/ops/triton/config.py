@@ -37,8 +37,7 @@ def choose_tiles(kernel: str, n: int, num_channels: int, dtype: torch.dtype = to
         return {"BT": tokens, "num_warps": num_warps, "num_stages": num_stages}
     least = 16 if kernel in _MATRIX_KERNELS else 32
     channels = min(channels, max(least, next_power_of_2(num_channels)))
-    name = "BK" if kernel == "project" else "BC"
-    return {"BT": tokens, name: channels, "num_warps": num_warps, "num_stages": num_stages}
+    return {"BT": tokens, "BC": channels, "num_warps": num_warps, "num_stages": num_stages}
 
 
 def choose_precision(dtype: torch.dtype, target: str) -> dict[str, str]:
