@@ -53,6 +53,7 @@ def record_ops(n: int, num_channels: int, dtype: torch.dtype, num_tokens: int = 
         numbers(num_tokens),
     )
     parameters, saved = (phi, bias, alpha), (projected, inv_rms, 20)
+    norm, norm_saved = (branch.new_empty(num_channels), 1e-6), (branch.new_empty(num_channels), inv_rms, h)
     calls: dict[str, Any] = {
         "sinkhorn": lambda: launch.project_doubly_stochastic(h_res, 20),
         "sinkhorn backward": lambda: launch.backpropagate_projection(h_res, h_res, 20),
@@ -66,6 +67,11 @@ def record_ops(n: int, num_channels: int, dtype: torch.dtype, num_tokens: int = 
         "write backward": lambda: launch.backpropagate_write(branch, h, x),
         "mix backward": lambda: launch.backpropagate_mix(x, h_res, x),
         "write_read": lambda: launch.write_read(x, branch, h, h_res, *parameters, 20, 1e-6),
+        "read_normed": lambda: launch.read(x, *parameters, 20, 1e-6, *norm),
+        "read_normed backward": lambda: launch.backpropagate_read(
+            x, *parameters, *saved, branch, None, h, None, x, *norm_saved
+        ),
+        "write_read_normed": lambda: launch.write_read(x, branch, h, h_res, *parameters, 20, 1e-6, *norm),
     }
     recorded = {}
     for name, call in calls.items():
@@ -154,10 +160,10 @@ def main() -> None:
             name, _, constants, _ = described
             flags = [
                 key.lower()
-                for key in ("COLLAPSE", "DOTS", "BRANCH", "MIX", "TRANSPOSED", "HAS_RES_DOTS", "HAS_H_RES")
+                for key in ("COLLAPSE", "DOTS", "BRANCH", "MIX", "TRANSPOSED", "HAS_RES_DOTS", "HAS_H_RES", "GRAM", "NORM")
                 if constants.get(key)
             ]
-            tiles = "x".join(str(constants[key]) for key in ("BT", "BC", "BK") if key in constants)
+            tiles = "x".join(str(constants[key]) for key in ("BT", "BC") if key in constants)
             key = f"`{name.removesuffix('_kernel')}` {' '.join(flags)} | {tiles}, {constants['num_warps']} warps"
             found = read_resources(compile_launch(described, target))
             rows.setdefault(key, []).append(f"{found['registers']} / {found['spilled']} / {found['shared']}")

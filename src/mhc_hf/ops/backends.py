@@ -22,7 +22,8 @@ def choose_backend(backend: str, x: Tensor, n: int) -> str:
         RuntimeError: the named backend cannot run; the message says why.
     """
     if backend == "auto":
-        fast = "triton" if x.device.type in _TRITON_DEVICES else "native"
+        # interpreted kernels run on any device: who sets the variable wants to see them run
+        fast = "triton" if x.device.type in _TRITON_DEVICES or _is_interpreted() else "native"
         return "torch" if explain_no_backend(fast, x, n) else fast
     if backend not in BACKENDS:
         raise ValueError(f'`backend` must be "auto", "torch", "native" or "triton", got {backend!r}.')

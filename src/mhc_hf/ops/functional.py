@@ -262,6 +262,47 @@ def site_write_read(
     return x_next.view(x.shape), _make_site(outputs, x)
 
 
+class Projections(NamedTuple):
+    """What `site_write_project` has found for the site that reads next: opaque, and only for the phi it was made with."""
+
+    partial: Tensor
+    phi: Tensor
+
+
+def can_project_ahead(x: Tensor) -> bool:
+    """Whether `site_write_project` can run on `x` [..., n, C]: on kernels, and in inference."""
+    is_traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not is_traced and choose_backend("auto", x, x.shape[-2]) == "triton"
+
+
+def site_write_project(x: Tensor, branch_out: Tensor, site: SiteRead, phi: Tensor) -> tuple[Tensor, Projections]:
+    """`site_write`, and in the same pass the projections by the `phi` of the site that will read what is written.
+
+    For two sites that cannot meet in `site_write_read`. Only where `can_project_ahead`; arguments are `site_write`'s.
+    """
+    check_branch(x, branch_out)
+    launch: Any = registered.get_implementation("triton")
+    arguments = (_flatten_tokens(x), _flatten_branch(branch_out), site.h_post, site.h_res, *_match(x, phi))
+    x_next, partial = launch.write_project(*arguments, gram=True)
+    return x_next.view(x.shape), Projections(partial, phi)
+
+
+def site_read_projected(
+    x: Tensor,
+    projections: Projections,
+    bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_iters: int = 20,
+    norm_eps: float = 1e-6,
+    branch_norm: BranchNorm | None = None,
+) -> SiteRead:
+    """`site_read` of streams that `site_write_project` has written, without a pass of its own for the projections."""
+    launch: Any = registered.get_implementation("triton")
+    arguments = (projections.partial, _flatten_tokens(x), *_match(x, bias, alpha), num_iters, norm_eps)
+    return _make_site(launch.read_projected(*arguments, *(branch_norm or ())), x)
+
+
 def _call(name: str, backend: str, *arguments: Any) -> Any:
     """Run an op: through its registration where a graph is recorded, at once where only the value is wanted.
 

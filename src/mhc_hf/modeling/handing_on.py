@@ -1,0 +1,46 @@
+"""Projections handed from the last site of a layer to the first one of the next, where kernels run without a graph.
+
+The family's own loop passes one tensor from layer to layer, and the projections ride on it as an attribute. Where it is
+lost (another tensor takes its place, an offloading hook, a pipeline stage) or out of date (somebody has written into the
+tensor, or the next layer is another one), the next site projects by itself: one launch and n rows more, the same result.
+
+Shapes: B batch, S sequence, n streams, C channels of one stream.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.functional import Projections, SiteRead, can_project_ahead, site_write, site_write_project
+from .branch_norm import is_local
+
+_ATTRIBUTE = "_mhc_projections"
+
+
+class _Handed(NamedTuple):
+    projections: Projections
+    # of the tensor that it rides on: hooks that steer a model add to its hidden states in place
+    version: int
+
+
+def write_ahead(x: Tensor, branch_out: Tensor, site: SiteRead, next_site: nn.Module | None) -> Tensor:
+    """`site_write`, flat, and where it can be done in the same pass the projections of `next_site`. [B, S, n*C]"""
+    phi: Any = getattr(next_site, "phi", None)
+    # an inference tensor has no version, by which the reader would see that somebody has written into it
+    if phi is None or torch.is_inference_mode_enabled() or not (can_project_ahead(x) and is_local(phi, x)):
+        return site_write(x, branch_out, site).flatten(-2)
+    x_next, projections = site_write_project(x, branch_out, site, phi)
+    streams = x_next.flatten(-2)
+    setattr(streams, _ATTRIBUTE, _Handed(projections, streams._version))
+    return streams
+
+
+def take_projections(streams: Tensor, x: Tensor, phi: Tensor) -> Projections | None:
+    """What was handed on with `streams`, if it is for `phi` and still true. `x` [B, S, n, C] are the streams, split."""
+    if not can_project_ahead(x):
+        return None
+    handed: _Handed | None = getattr(streams, _ATTRIBUTE, None)
+    if handed is None or handed.projections.phi is not phi or handed.version != streams._version:
+        return None
+    return handed.projections
