@@ -146,7 +146,6 @@ def streams_bwd_kernel(
                 other=0.0,
             )
             total = along[:, None] * x[j].to(tl.float32)
-            total = tl.dot(d_projected, phi, total, input_precision=OUT_PRECISION)
             if BRANCH:
                 h_pre = tl.load(weights + N * N + j, mask=exists, other=0.0)
                 total += h_pre[:, None] * du
@@ -154,6 +153,8 @@ def streams_bwd_kernel(
                 for i in tl.static_range(N):
                     h = tl.load(weights + i * N + j, mask=exists, other=0.0)
                     total += h[:, None] * g[i].to(tl.float32)
+            # last, so that only the sum is in the layout of a product, which holds numbers a token several times
+            total += tl.dot(d_projected, phi, input_precision=OUT_PRECISION)
             d_x = narrow(total, d_x_ptr.dtype.element_ty)
             tl.store(d_x_ptr + (t * N + j)[:, None] * C + c[None, :], d_x, mask=inside)
         d_phi = next_d_phi

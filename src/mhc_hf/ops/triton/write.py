@@ -96,6 +96,9 @@ def write_project_kernel(
             # what the next site reads is what memory holds, rounded
             out = narrow(total, out_ptr.dtype.element_ty)
             tl.store(out_ptr + (t * N + i)[:, None] * C + c[None, :], out, mask=inside)
+            # changes nothing, and keeps the compiler from mixing in the layout of the product's operands, which holds
+            # every number several times
+            out = tl.where(inside, out, 0.0)
             projected = project_stream(out, phi_ptr, i, c, m, C, projected, N, PRECISION)
             written += (out,)
         sums = add_squares(sums, written, N, GRAM)
