@@ -3,7 +3,8 @@
 Shapes: C channels of one stream.
 """
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..ops.functional import BranchNorm
@@ -17,12 +18,11 @@ def is_llama_norm(norm: nn.Module) -> bool:
     """
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+    # of a class whose forward is no Python function there is nothing to compare
     ours, theirs = (getattr(kind.forward, "__code__", None) for kind in (LlamaRMSNorm, type(norm)))
-    return (
-        theirs is not None
-        and (ours.co_code, ours.co_names, ours.co_consts) == (theirs.co_code, theirs.co_names, theirs.co_consts)
-        and {"weight", "variance_epsilon"} <= {*vars(norm), *norm._parameters}
-    )
+    if ours is None or theirs is None or not hasattr(norm, "variance_epsilon"):
+        return False
+    return all(getattr(ours, part) == getattr(theirs, part) for part in ("co_code", "co_names", "co_consts"))
 
 
 def take_norm(norm: nn.Module | None, x: Tensor) -> BranchNorm | None:
@@ -31,12 +31,13 @@ def take_norm(norm: nn.Module | None, x: Tensor) -> BranchNorm | None:
     That is so where somebody watches it or has replaced its forward, and where its weight is sharded, elsewhere, or of
     another dtype than `x`.
     """
-    if norm is None or norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
+    if norm is None or is_hooked(norm) or "forward" in norm.__dict__:
         return None
-    weight = norm.weight
-    if "forward" in norm.__dict__ or not is_local(weight, x) or weight.dtype != x.dtype:
+    weight: Any = norm.weight
+    if not is_local(weight, x) or weight.dtype != x.dtype:
         return None
-    return BranchNorm(weight, norm.variance_epsilon)
+    eps: Any = norm.variance_epsilon
+    return BranchNorm(weight, eps)
 
 
 def is_local(parameter: Tensor, x: Tensor) -> bool:

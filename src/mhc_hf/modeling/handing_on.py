@@ -1,8 +1,9 @@
 """Projections handed from the last site of a layer to the first one of the next, where kernels run without a graph.
 
-The family's own loop passes one tensor from layer to layer, and the projections ride on it as an attribute. Where it is
-lost (another tensor takes its place, an offloading hook, a pipeline stage) or out of date (somebody has written into the
-tensor, or the next layer is another one), the next site projects by itself: one launch and n rows more, the same result.
+The family's own loop passes one tensor from layer to layer, and the projections ride on it as an attribute. Where that
+is lost (another tensor takes its place, an offloading hook, a pipeline stage) or out of date (somebody has written into
+the tensor, or the next layer is another one), the next site projects by itself: one launch and n rows more, the same
+result.
 
 Shapes: B batch, S sequence, n streams, C channels of one stream.
 """

@@ -56,7 +56,7 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         self.returns = form.returns
         self.stream_scale = form.stream_scale
         self.chains = {site: resolve(chain, base_layer) for site, chain in form.sites.items()}
-        # by class, of those that a site may apply itself: a wrapper or another implementation may take their place later
+        # by class, of those that a site may apply itself: a wrapper or another norm may take their place later
         self.leading_norms = {site: _llama_norm_class(chain, base_layer) for site, chain in self.chains.items()}
         # in a tuple, so that it is no sub-module of this layer
         self._next_site: tuple[HyperConnection, ...] = ()

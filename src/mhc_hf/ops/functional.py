@@ -263,7 +263,7 @@ def site_write_read(
 
 
 class Projections(NamedTuple):
-    """What `site_write_project` has found for the site that reads next: opaque, and only for the phi it was made with."""
+    """What `site_write_project` has found for the site that reads next: opaque, and for that phi alone."""
 
     partial: Tensor
     phi: Tensor

@@ -4,8 +4,8 @@ Shapes: T tokens, n streams, C channels, m = (n+2)*n; x [T, n, C] contiguous, ga
 of x), numbers a token token-last: h_pre [n, T], h_post [n, T], h_res [n, n, T], projected [m, T], inv_rms [T].
 
 With u = H_pre x and r = 1/rms(u) the branch reads gain * (u r). Saved for backward besides what `registered` saves:
-branch_inv_rms = r [T] and read_dots = <x_i, u> [n, T]. docs/math.md has the derivation. Kernels fuse the norm; elsewhere
-it follows the op without one, of any implementation.
+branch_inv_rms = r [T] and read_dots = <x_i, u> [n, T]. docs/math.md has the derivation. Kernels fuse the norm;
+elsewhere it follows the op without one, of any implementation.
 """
 
 from typing import Any

@@ -3,8 +3,8 @@
 Shapes: T tokens, n streams, C channels of one stream, m = (n+2)*n. x [T, n, C], branch tensors [T, C], numbers a token
 token-last: h_pre [n, T], h_post [n, T], h_res [n, n, T], projected [m, T], inv_rms [T]. All contiguous.
 
-`gain` [C] is the weight of the RMSNorm that the branch begins with, in the dtype of `x`: given, branch_in is normed, and
-branch_inv_rms [T] and read_dots [n, T] are returned besides, for backward.
+`gain` [C] is the weight of the RMSNorm that the branch begins with, in the dtype of `x`: given, branch_in is normed,
+and branch_inv_rms [T] and read_dots [n, T] are returned besides, for backward.
 """
 
 import torch
@@ -162,7 +162,7 @@ def backpropagate_read(
     read_dots: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, phi, bias, alpha, and with `gain` its own too. Three kernels, 5n+2 rows with branch and mix."""
-    num_tokens, n, num_channels = x.shape
+    _, n, num_channels = x.shape
     # without a gradient the norm has no part in this
     norm = None if d_branch_in is None else gain
     pre_dots, res_dots = passes.dot_streams(x, d_branch_in, d_x_next, norm)

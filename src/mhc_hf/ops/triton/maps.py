@@ -3,9 +3,9 @@
 Shapes: T tokens, N streams, C channels, M = (N+2)*N; token-last: partial [SPLITS, ROWS, T] from `project`, projected
 [M, T], inv_rms [T], h_pre [N, T], h_post [N, T], h_res [N, N, T]. x [T, N, C], branch_in [T, C].
 
-With NORM the branch begins with a weighted RMSNorm, which is made here: branch_in = gain * u / rms(u), u = H_pre x, gain
-[C]. rms(u) is known before u is: |u|^2 = H_pre G H_pre, with G the Gram numbers. Kept for backward: branch_inv_rms [T],
-read_dots [N, T], which is <x_i, u> = (G H_pre)_i.
+With NORM the branch begins with a weighted RMSNorm, which is made here: branch_in = gain * u / rms(u), u = H_pre x,
+gain [C]. rms(u) is known before u is: |u|^2 = H_pre G H_pre, with G the Gram numbers. Kept for backward:
+branch_inv_rms [T], read_dots [N, T], which is <x_i, u> = (G H_pre)_i.
 """
 
 # kernels are Triton, whose tuples grow and whose pointers are not Python's: not for a type checker
@@ -34,7 +34,8 @@ def sum_splits(partial_ptr, num_splits, rows, t, exists, T, COUNT: tl.constexpr)
 @triton.jit
 def collapse_tile(x_ptr, h_pre, t, c, inside, C, N: tl.constexpr):
     """A tile of H_pre x, float32."""
-    total = h_pre[0][:, None] * tl.load(x_ptr + (t * N)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + (t * N)[:, None] * C + c[None, :], mask=inside, other=0.0)
+    total = h_pre[0][:, None] * x.to(tl.float32)
     for i in tl.static_range(1, N):
         x = tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0)
         total += h_pre[i][:, None] * x.to(tl.float32)
@@ -45,8 +46,9 @@ def collapse_tile(x_ptr, h_pre, t, c, inside, C, N: tl.constexpr):
 def square_branch_input(x_ptr, h_pre, gram, t, exists, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """|u|^2 and (G H_pre)_i, u = H_pre x, from the Gram numbers.
 
-    Where the streams cancel in u, |u|^2 is a small difference of large Gram numbers. Independent streams give the sum of
-    h_pre_i^2 |x_i|^2; where it is less than a quarter of that, the squares are summed from u itself, in one more sweep.
+    Where the streams cancel in u, |u|^2 is a small difference of large Gram numbers. Independent streams give the sum
+    of h_pre_i^2 |x_i|^2; where it is less than a quarter of that, the squares are summed from u itself, in one more
+    sweep.
     """
     dots = ()
     squares = tl.zeros_like(h_pre[0])

@@ -25,8 +25,7 @@ def count_iters(n: int, num_iters: int) -> dict[str, int]:
 
 def project_streams(x: Tensor, phi: Tensor, gram: bool) -> Tensor:
     """partial of x. n rows."""
-    num_tokens, n, num_channels = x.shape
-    tiles = config.choose_tiles("project", n, num_channels, x.dtype)
+    tiles = config.choose_tiles("project", x.shape[1], x.shape[2], x.dtype)
     arguments, constants, grid = _plan_projection(x, phi, gram, tiles)
     run_kernel(project.project_fwd_kernel, grid, {"x_ptr": x, **arguments}, constants | tiles)
     return arguments["partial_ptr"]
@@ -230,8 +229,9 @@ def backpropagate_streams(
     weights: Tensor,
     gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """d_x, d_phi and with a norm d_gain [C] float32. 3n+1 rows. Parameters get sums over blocks of tokens that are added
-    in their order: the same run gives the same bits.
+    """d_x, d_phi and with a norm d_gain [C] float32. 3n+1 rows.
+
+    Parameters get sums over blocks of tokens that are added in their order: the same run gives the same bits.
     """
     num_tokens, n, num_channels = x.shape
     tiles = config.choose_tiles("streams_bwd", n, num_channels, x.dtype)

@@ -1,4 +1,4 @@
-"""The projection of a site: phi @ x_vec, the sum of squares of x_vec and the Gram numbers, from one pass over the streams.
+"""The projection of a site: phi @ x_vec, the sum of squares and the Gram numbers, from one pass over the streams.
 
 Shapes: T tokens, N streams, C channels, M = (N+2)*N rows of phi, MP the power of two above M, SPLITS parts of C that
 are summed later in fixed order. x [T, N, C] any dtype, phi [M, N*C] float32, partial [SPLITS, ROWS, T] float32: M
