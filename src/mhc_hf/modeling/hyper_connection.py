@@ -92,8 +92,7 @@ class HyperConnection(nn.Module):
             h_pre, h_post, h_res = self.maps(streams)
             branch_out = self._run(branch, norm, mhc_pre(x, h_pre))
             return mhc_post_res(x, branch_out, h_post, h_res).flatten(-2)
-        if self.recompute and self.training and can_recompute():
-            assert isinstance(streams, Tensor)
+        if isinstance(streams, Tensor) and self.recompute and self.training and can_recompute():
             x = self._split(streams)
             block = find_block(streams, x, self.sites_per_block)
             with block.keeping_out(x):
