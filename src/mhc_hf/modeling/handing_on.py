@@ -25,11 +25,11 @@ class _Handed(NamedTuple):
     version: int
 
 
-def write_ahead(x: Tensor, branch_out: Tensor, site: SiteRead, next_site: nn.Module | None) -> Tensor:
+def write_ahead(x: Tensor, branch_out: Tensor, site: SiteRead, next_site: nn.Module) -> Tensor:
     """`site_write`, flat, and where it can be done in the same pass the projections of `next_site`. [B, S, n*C]"""
-    phi: Any = getattr(next_site, "phi", None)
+    phi: Any = next_site.phi
     # an inference tensor has no version, by which the reader would see that somebody has written into it
-    if phi is None or not can_project_ahead(x) or torch.is_inference_mode_enabled() or not is_local(phi, x):
+    if not can_project_ahead(x) or torch.is_inference_mode_enabled() or not is_local(phi, x):
         return site_write(x, branch_out, site).flatten(-2)
     x_next, projections = site_write_project(x, branch_out, site, phi)
     streams = x_next.flatten(-2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..ops import mhc_post_res, mhc_pre
-from ..ops.backends import choose_backend
+from ..ops.backends import runs_on_triton
 from ..ops.functional import SiteRead, site_read, site_read_projected, site_write, site_write_read
 from .branch_norm import take_norm
 from .configuration_mhc import MHCConfig
@@ -75,14 +75,14 @@ class HyperConnection(nn.Module):
     ) -> Tensor | Unwritten:
         """One site, its branch included.
 
-        The keywords say what kernels may join to the site's own passes; without kernels they change nothing.
+        The keywords say what kernels may join to the site's own passes. Only where kernels run may a site defer.
 
         Args:
             streams: [B, S, n*C], stream-major, or what the site before has deferred.
             branch: F, the sub-layer with its own norms: [B, S, C] -> [B, S, C].
             norm: the first norm of F, where `branch` begins after it: one for which `is_llama_norm` holds.
-            defers: the caller gives the answer to the next site as it is, so that the write may be left to it.
-            next_site: who is to read the streams in the next layer.
+            defers: the caller gives the answer to the next site as it is, and the write is left to that one.
+            next_site: who is to read the streams in the next layer, where kernels run.
         Returns:
             [B, S, n*C] in the dtype of `streams`; an Unwritten where the site defers.
         """
@@ -102,16 +102,20 @@ class HyperConnection(nn.Module):
             return hand_on(block, site_write(x, branch_out, site).flatten(-2))
         x, site, norm = self._read(streams, norm)
         branch_out = self._run(branch, norm, site.branch_in)
-        if defers and choose_backend("auto", x, self.hc_mult) == "triton":
+        if defers:
             return Unwritten(x, branch_out, site)
+        if next_site is None:
+            return site_write(x, branch_out, site).flatten(-2)
         return write_ahead(x, branch_out, site, next_site)
 
     def _read(self, streams: Tensor | Unwritten, norm: nn.Module | None) -> tuple[Tensor, SiteRead, nn.Module | None]:
         """The streams [B, S, n, C], what the site reads of them, and the norm unless it is applied already."""
         x = streams.x if isinstance(streams, Unwritten) else self._split(streams)
-        on_kernels = choose_backend("auto", x, self.hc_mult) == "triton"
-        branch_norm = take_norm(norm, x) if on_kernels else None
-        keywords: Any = {"num_iters": self.num_iters, "norm_eps": self.norm_eps, "branch_norm": branch_norm}
+        keywords: Any = {"num_iters": self.num_iters, "norm_eps": self.norm_eps}
+        if not runs_on_triton(x, self.hc_mult):
+            assert isinstance(streams, Tensor)
+            return x, site_read(x, self.phi, self.bias, self.alpha, **keywords), norm
+        keywords["branch_norm"] = branch_norm = take_norm(norm, x)
         if isinstance(streams, Unwritten):
             x, site = site_write_read(*streams, self.phi, self.bias, self.alpha, **keywords)
         elif (projections := take_projections(streams, x, self.phi)) is not None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..ops.backends import runs_on_triton
 from .branch_norm import is_hooked, is_llama_norm
 from .configuration_mhc import MHCConfig
-from .hyper_connection import HyperConnection
+from .hyper_connection import HyperConnection, Unwritten
 from .steps import Chain, Context, Form, resolve, run_chain
 
 
@@ -77,15 +78,9 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         arguments = {name: given.pop(name, default) for name, default in self.argument_defaults.items()}
         context = Context(arguments, given)
         x = widen_streams(hidden_states, self.hc_mult) if self.widens else hidden_states
-        *_, last = self.chains
-        # a hook on a site is to see streams, written
-        defers = not any(is_hooked(getattr(self, site)) for site in self.chains)
         for site, chain in self.chains.items():
             norm, steps = self._split_norm(site, chain)
-            joined: dict[str, Any] = {"norm": norm, "defers": defers and site != last}
-            if site == last and self._next_site:
-                joined["next_site"] = self._next_site[0]
-            x = getattr(self, site)(x, partial(self._branch, steps, context), **joined)
+            x = getattr(self, site)(x, partial(self._branch, steps, context), norm=norm, **self._join(site, x))
         if self.stream_scale is not None:
             x = x * getattr(self, self.stream_scale)
         if self.collapses:
@@ -98,6 +93,16 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         """Tell this layer which one reads its streams: in inference it can do that one's projections with its write."""
         if self.stream_scale is None and not self.collapses:
             self._next_site = (getattr(layer, next(iter(layer.chains))),)
+
+    def _join(self, site: str, x: Tensor | Unwritten) -> dict[str, Any]:
+        """What a site may leave to the next one, or do for it, where kernels run."""
+        if isinstance(x, Tensor) and not runs_on_triton(x, self.hc_mult):
+            return {}
+        *_, last = self.chains
+        if site == last:
+            return {"next_site": self._next_site[0]} if self._next_site else {}
+        # a hook on a site is to see streams that are written
+        return {"defers": not any(is_hooked(getattr(self, site)) for site in self.chains)}
 
     def _split_norm(self, site: str, chain: Chain) -> tuple[nn.Module | None, Chain]:
         """The norm that a site may apply itself, and the steps after it; None and all the steps where there is none."""

@@ -32,6 +32,11 @@ def choose_backend(backend: str, x: Tensor, n: int) -> str:
     return backend
 
 
+def runs_on_triton(x: Tensor, n: int) -> bool:
+    """Whether "auto" takes the Triton kernels for streams like `x`; where it does not, next to no time is lost."""
+    return (x.device.type in _TRITON_DEVICES or _is_interpreted()) and explain_no_triton(x, n) is None
+
+
 def explain_no_backend(backend: str, x: Tensor, n: int) -> str | None:
     """Why "torch", "native" or "triton" cannot run on streams like `x`; None where it can."""
     if backend == "torch":

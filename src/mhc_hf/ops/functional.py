@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import normed, registered
-from .backends import choose_backend
+from .backends import choose_backend, runs_on_triton
 from .checks import check_branch, check_branch_norm, check_iters, check_maps, check_parameters, check_streams
 
 Backend = Literal["auto", "torch", "native", "triton"]
@@ -272,7 +272,7 @@ class Projections(NamedTuple):
 def can_project_ahead(x: Tensor) -> bool:
     """Whether `site_write_project` can run on `x` [..., n, C]: on kernels, and in inference."""
     is_traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not is_traced and choose_backend("auto", x, x.shape[-2]) == "triton"
+    return not is_traced and runs_on_triton(x, x.shape[-2])
 
 
 def site_write_project(x: Tensor, branch_out: Tensor, site: SiteRead, phi: Tensor) -> tuple[Tensor, Projections]:
