@@ -1,6 +1,6 @@
 """Widened models on the kernels, under Triton's interpreter: prints one JSON object of claims and their figures.
 
-Run with TRITON_INTERPRET=1 by `test_kernels.py`. Taking the variable away for a while gives the PyTorch path.
+Run with TRITON_INTERPRET=1 by `test_kernels.py`. Taking the variable away for a while gives what a CPU runs.
 """
 
 import copy
@@ -36,7 +36,7 @@ def widen(family="llama", **base):
 
 
 @contextmanager
-def on_torch():
+def on_a_cpu():
     del os.environ["TRITON_INTERPRET"]
     yield
     os.environ["TRITON_INTERPRET"] = "1"
@@ -65,7 +65,7 @@ def train(model):
 
 def compare(run, model, plain=None):
     """[distance of what `run` gives on the kernels from what it, or `plain`, gives without them, kernels launched]."""
-    with on_torch():
+    with on_a_cpu():
         want = (plain or run)(copy.deepcopy(model))
     with record.record_launches() as launches:
         got = run(copy.deepcopy(model))
@@ -135,7 +135,7 @@ def decode(model):
     cache = model(TOKEN_IDS[:, :-1], use_cache=True).past_key_values
     with record.record_launches() as launches:
         logits = model(TOKEN_IDS[:, -1:], past_key_values=cache).logits[:, -1]
-    with on_torch():
+    with on_a_cpu():
         want = model(TOKEN_IDS).logits[:, -1]
     return [distance({"logits": logits}, {"logits": want}), describe(launches)]
 
@@ -155,7 +155,7 @@ def main() -> None:
         "recomputed": compare(with_change(recompute, train), llama),
         "adapted": compare(with_change(adapt, train), llama),
         "compiled": compare(with_change(compile_whole, train), llama, plain=train),
-        "another norm": compare(train, widen("gemma")),
+        "another norm": compare(infer, widen("gemma")),
     }
     json.dump(result, sys.stdout)
 

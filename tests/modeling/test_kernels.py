@@ -1,4 +1,4 @@
-"""A widened model on the kernels computes what it does on the PyTorch path, whoever watches or wraps it."""
+"""A widened model on the kernels computes what it does on a CPU, whoever watches or wraps it."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def figures():
         *("checkpointed", "recomputed", "adapted", "compiled", "another norm"),
     ],
 )
-def test_results_are_those_of_the_pytorch_path(figures, case):
+def test_results_are_those_of_a_cpu(figures, case):
     # float32 on both sides: 2e-6 a site and direction, four sites
     assert figures[case][0] <= 1.6e-5
 
@@ -69,4 +69,5 @@ def test_a_hook_on_a_site_or_a_norm_is_called_and_sees_what_it_should(figures):
 
 
 def test_a_norm_of_another_kind_runs_by_itself(figures):
-    assert not any("norm" in kernel for kernel in figures["another norm"][1])
+    # the last writes hand on Gram numbers all the same, and the readers leave them
+    assert figures["another norm"][1] == ["project_fwd", "maps_fwd", *(["write_project", "maps_fwd"] * 3), "write"]
