@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .reference import weighted_rms_norm
 from .registered import (
-    _contiguous,
-    _fake_read,
-    _new_link,
-    _register,
+    contiguous,
+    fake_read,
     get_implementation,
+    new_link,
+    register,
     write_backward,
 )
 
@@ -107,20 +107,20 @@ def _backpropagate_read(
 
 
 def _fake_read_normed(x, phi, bias, alpha, gain, num_iters, norm_eps, gain_eps, backend):
-    *outputs, link = _fake_read(x, phi, bias, alpha, num_iters, norm_eps, backend)
+    *outputs, link = fake_read(x, phi, bias, alpha, num_iters, norm_eps, backend)
     return *outputs, phi.new_empty(x.shape[0]), phi.new_empty(x.shape[1], x.shape[0]), link
 
 
 _OUTPUTS = ", ".join(["Tensor"] * 8)
 
-read_normed = _register(
+read_normed = register(
     "read_normed",
     "(Tensor x, Tensor phi, Tensor bias, Tensor alpha, Tensor gain, int num_iters, float norm_eps, float gain_eps,"
     f" str backend) -> ({_OUTPUTS})",
-    lambda x, *others: (*compute_read_normed(x, *others), _new_link(x)),
+    lambda x, *others: (*compute_read_normed(x, *others), new_link(x)),
     _fake_read_normed,
 )
-read_normed_backward = _register(
+read_normed_backward = register(
     "read_normed_backward",
     "(Tensor x, Tensor phi, Tensor bias, Tensor alpha, Tensor gain, Tensor projected, Tensor inv_rms,"
     " Tensor branch_inv_rms, Tensor read_dots, int num_iters, Tensor? d_branch_in, Tensor? d_h_post, Tensor? d_h_res,"
@@ -139,18 +139,18 @@ def _save_read(ctx, inputs, output):
 
 
 def _differentiate_read(ctx, d_branch_in, d_h_post, d_h_res, *others):
-    grads = (_contiguous(grad) for grad in (d_branch_in, d_h_post, d_h_res, others[-1]))
+    grads = (contiguous(grad) for grad in (d_branch_in, d_h_post, d_h_res, others[-1]))
     return *read_normed_backward(*ctx.saved_tensors, ctx.num_iters, *grads, ctx.backend), None, None, None, None
 
 
 read_normed.register_autograd(_differentiate_read, setup_context=_save_read)
 
 
-write_read_normed = _register(
+write_read_normed = register(
     "write_read_normed",
     "(Tensor link, Tensor x, Tensor branch_out, Tensor h_post, Tensor h_res, Tensor phi, Tensor bias, Tensor alpha,"
     f" Tensor gain, int num_iters, float norm_eps, float gain_eps, str backend) -> (Tensor, {_OUTPUTS})",
-    lambda link, x, *others: (*compute_write_read_normed(x, *others), _new_link(x)),
+    lambda link, x, *others: (*compute_write_read_normed(x, *others), new_link(x)),
     lambda link, x, branch_out, h_post, h_res, *others: (torch.empty_like(x), *_fake_read_normed(x, *others)),
 )
 
@@ -165,7 +165,7 @@ def _save_write_read(ctx, inputs, output):
 
 def _differentiate_write_read(ctx, d_x_next, d_branch_in, d_h_post, d_h_res, *others):
     branch_out, h_post, *saved = ctx.saved_tensors
-    grads = (_contiguous(grad) for grad in (d_branch_in, d_h_post, d_h_res, others[-1]))
+    grads = (contiguous(grad) for grad in (d_branch_in, d_h_post, d_h_res, others[-1]))
     d_x, *d_parameters = read_normed_backward(*saved, ctx.num_iters, *grads, ctx.backend)
     # someone outside the two sites read x_next too, a hook that records hidden states for one
     d_x = d_x if d_x_next is None else d_x + d_x_next
