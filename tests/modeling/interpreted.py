@@ -95,6 +95,14 @@ def watch_norm(model):
     model.model.layers[0].input_layernorm.register_forward_hook(lambda module, args, out: 2 * out)
 
 
+def gather_late(model):
+    """As sharding does it: a parameter is empty until its layer's turn comes."""
+    layer = model.model.layers[1]
+    phi, whole = layer.attn_hc.phi, layer.attn_hc.phi.data
+    phi.data = torch.empty(0)
+    layer.register_forward_pre_hook(lambda module, args: setattr(phi, "data", whole))
+
+
 def swap_layers(model):
     layers = model.model.layers
     layers[1].collapses, layers[0].collapses = False, False
@@ -150,6 +158,7 @@ def main() -> None:
         "steered": compare(with_change(steer, infer), llama),
         "watched site": compare(with_change(watch_site, infer), llama),
         "watched norm": compare(with_change(watch_norm, infer), llama),
+        "gathered late": compare(with_change(gather_late, infer), llama),
         "another layer follows": compare(with_change(swap_layers, infer), llama),
         "checkpointed": compare(with_change(checkpoint, train), llama),
         "recomputed": compare(with_change(recompute, train), llama),

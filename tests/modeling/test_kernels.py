@@ -33,7 +33,7 @@ def figures():
     "case",
     [
         *("inference", "training", "decoding", "steered", "watched site", "watched norm", "another layer follows"),
-        *("checkpointed", "recomputed", "adapted", "compiled", "another norm"),
+        *("gathered late", "checkpointed", "recomputed", "adapted", "compiled", "another norm"),
     ],
 )
 def test_results_are_those_of_a_cpu(figures, case):
@@ -60,6 +60,10 @@ def test_projections_that_are_out_of_date_are_made_again(figures):
     assert figures["steered"][1] == [*READ, *WRITE_READ, "write_project", *READ, *WRITE_READ, "write"]
     # the first layer's output is read by another layer than it knows of, and so is that one's
     assert figures["another layer follows"][1].count("project_fwd") == 3
+
+
+def test_a_parameter_that_is_not_there_yet_is_not_used_ahead(figures):
+    assert figures["gathered late"][1] == 2 * [*READ, *WRITE_READ, "write"]
 
 
 def test_a_hook_on_a_site_or_a_norm_is_called_and_sees_what_it_should(figures):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.functional import Projections, SiteRead, can_project_ahead, site_write, site_write_project
-from .branch_norm import is_local
+from .branch_norm import is_hooked, is_local
 
 _ATTRIBUTE = "_mhc_projections"
 
@@ -29,12 +29,19 @@ def write_ahead(x: Tensor, branch_out: Tensor, site: SiteRead, next_site: nn.Mod
     """`site_write`, flat, and where it can be done in the same pass the projections of `next_site`. [B, S, n*C]"""
     phi: Any = next_site.phi
     # an inference tensor has no version, by which the reader would see that somebody has written into it
-    if not can_project_ahead(x) or torch.is_inference_mode_enabled() or not is_local(phi, x):
+    if not can_project_ahead(x) or torch.is_inference_mode_enabled() or not _is_there(next_site, phi, x):
         return site_write(x, branch_out, site).flatten(-2)
     x_next, projections = site_write_project(x, branch_out, site, phi)
     streams = x_next.flatten(-2)
     setattr(streams, _ATTRIBUTE, _Handed(projections, streams._version))
     return streams
+
+
+def _is_there(next_site: nn.Module, phi: Tensor, x: Tensor) -> bool:
+    """Whether the next site's phi can be used before its turn: who shards or offloads it may bring it only then."""
+    n, num_channels = x.shape[-2:]
+    is_whole = phi.shape == ((n + 2) * n, n * num_channels)
+    return is_whole and is_local(phi, x) and not is_hooked(next_site) and phi.untyped_storage().nbytes() > 0
 
 
 def take_projections(streams: Tensor, x: Tensor, phi: Tensor) -> Projections | None:
