@@ -17,7 +17,7 @@ from .branch_norm import take_norm
 from .configuration_mhc import MHCConfig
 from .handing_on import take_projections, write_ahead
 from .projections import compute_maps
-from .recompute import can_recompute, default_block_layers, find_block, hand_on
+from .recompute import default_block_layers, find_block, hand_on, write_anew
 from .starts import STARTS, bias_of
 
 
@@ -68,6 +68,7 @@ class HyperConnection(nn.Module):
         self,
         streams: Tensor | Unwritten,
         branch: Callable[[Tensor], Tensor],
+        checkpointed: bool = False,
         *,
         norm: nn.Module | None = None,
         defers: bool = False,
@@ -80,6 +81,7 @@ class HyperConnection(nn.Module):
         Args:
             streams: [B, S, n*C], stream-major, or what the site before has deferred.
             branch: F, the sub-layer with its own norms: [B, S, C] -> [B, S, C].
+            checkpointed: all of the layer is made again in backward, so that recompute has nothing to save.
             norm: the first norm of F, where `branch` begins after it: one for which `is_llama_norm` holds.
             defers: the caller gives the answer to the next site as it is, and the write is left to that one.
             next_site: who is to read the streams in the next layer, where kernels run.
@@ -92,7 +94,9 @@ class HyperConnection(nn.Module):
             h_pre, h_post, h_res = self.maps(streams)
             branch_out = self._run(branch, norm, mhc_pre(x, h_pre))
             return mhc_post_res(x, branch_out, h_post, h_res).flatten(-2)
-        if isinstance(streams, Tensor) and self.recompute and self.training and can_recompute():
+        recompute = self.recompute and not checkpointed and self.training and torch.is_grad_enabled()
+        is_compiling = torch.compiler.is_compiling()
+        if recompute and not is_compiling and isinstance(streams, Tensor):
             x = self._split(streams)
             block = find_block(streams, x, self.sites_per_block)
             with block.keeping_out(x):
@@ -102,8 +106,10 @@ class HyperConnection(nn.Module):
             return hand_on(block, site_write(x, branch_out, site).flatten(-2))
         x, site, norm = self._read(streams, norm)
         branch_out = self._run(branch, norm, site.branch_in)
-        if defers:
+        if defers and not recompute:
             return Unwritten(x, branch_out, site)
+        if recompute and is_compiling and (self.site + 1) % self.sites_per_block != 0:
+            return write_anew(x, branch_out, site).flatten(-2)
         if next_site is None:
             return site_write(x, branch_out, site).flatten(-2)
         return write_ahead(x, branch_out, site, next_site)

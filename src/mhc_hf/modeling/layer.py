@@ -78,9 +78,11 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         arguments = {name: given.pop(name, default) for name, default in self.argument_defaults.items()}
         context = Context(arguments, given)
         x = widen_streams(hidden_states, self.hc_mult) if self.widens else hidden_states
+        checkpointed = self.gradient_checkpointing and self.training
         for site, chain in self.chains.items():
             norm, steps = self._split_norm(site, chain)
-            x = getattr(self, site)(x, partial(self._branch, steps, context), norm=norm, **self._join(site, x))
+            branch = partial(self._branch, steps, context)
+            x = getattr(self, site)(x, branch, checkpointed, norm=norm, **self._join(site, x))
         if self.stream_scale is not None:
             x = x * getattr(self, self.stream_scale)
         if self.collapses:

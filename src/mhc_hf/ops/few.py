@@ -39,8 +39,6 @@ def post_res(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor) -> Te
     """x' = H_res x + H_post F (Eq. 3). [T, n, C]"""
     written = h_post.T[:, :, None] * branch_out[:, None]
     if are_copies(x):
-        out = torch.addcmul(written, sum_weights(h_res, 1).T[:, :, None], x[:, :1])
-    else:
-        out = torch.baddbmm(written, h_res.permute(2, 0, 1), x.to(h_res.dtype))
-    # `h_post` is token-last, and the order of its strides would be that of the streams
-    return out.to(x.dtype).contiguous()
+        # of broadcast factors the product may lie stream-major, and a compiler was promised otherwise
+        return torch.addcmul(written, sum_weights(h_res, 1).T[:, :, None], x[:, :1]).to(x.dtype).contiguous()
+    return torch.baddbmm(written, h_res.permute(2, 0, 1), x.to(h_res.dtype)).to(x.dtype)

@@ -114,7 +114,7 @@ def mhc_post_res(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor, *
     check_maps(x, h_post=h_post, h_res=h_res)
     chosen = choose_backend(backend, x, x.shape[-2])
     arguments = (_flatten_tokens(x), _flatten_branch(branch_out), _flatten_map(h_post, x), _flatten_map(h_res, x))
-    return _call("post_res", chosen, *arguments).view(x.shape)
+    return _call("post_res", chosen, *arguments).view_as(x)
 
 
 def mhc_pre_branch(
@@ -209,7 +209,7 @@ def site_write(x: Tensor, branch_out: Tensor, site: SiteRead, *, backend: Backen
         x_next = _call("post_res", chosen, *arguments)
     else:
         x_next = registered.write(site.link, *arguments, chosen)
-    return x_next.view(x.shape)
+    return x_next.view_as(x)
 
 
 def site_write_read(
@@ -259,7 +259,7 @@ def site_write_read(
         x_next, *outputs = _compute(op, chosen, *arguments, *numbers)
     else:
         x_next, *outputs = _get_op(op)(site.link, *arguments, *numbers, chosen)
-    return x_next.view(x.shape), _make_site(outputs, x)
+    return x_next.view_as(x), _make_site(outputs, x)
 
 
 class Projections(NamedTuple):
@@ -284,7 +284,7 @@ def site_write_project(x: Tensor, branch_out: Tensor, site: SiteRead, phi: Tenso
     launch: Any = registered.get_implementation("triton")
     arguments = (_flatten_tokens(x), _flatten_branch(branch_out), site.h_post, site.h_res, *_match(x, phi))
     x_next, partial = launch.write_project(*arguments, gram=True)
-    return x_next.view(x.shape), Projections(partial, phi)
+    return x_next.view_as(x), Projections(partial, phi)
 
 
 def site_read_projected(
@@ -350,11 +350,11 @@ def _match(x: Tensor, *parameters: Tensor) -> list[Tensor]:
 
 def _flatten_tokens(x: Tensor) -> Tensor:
     """[..., n, C] -> [T, n, C], copied only where strides leave no other way."""
-    return x.reshape(-1, *x.shape[-2:]).contiguous()
+    return x.flatten(0, -3).contiguous()
 
 
 def _flatten_branch(branch_out: Tensor) -> Tensor:
-    return branch_out.reshape(-1, branch_out.shape[-1]).contiguous()
+    return branch_out.flatten(0, -2).contiguous()
 
 
 def _unflatten_branch(branch: Tensor, x: Tensor) -> Tensor:
