@@ -17,6 +17,8 @@ ORDER = [
     "modeling.projections",
     "modeling.starts",
     "modeling.configuration_mhc",
+    "modeling.branch_norm",
+    "modeling.handing_on",
     "modeling.recompute",
     "modeling.hyper_connection",
     "modeling.steps",

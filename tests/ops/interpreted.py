@@ -10,9 +10,11 @@ import sys
 
 import torch
 
-from mhc_hf.ops import reference, registered
+from mhc_hf.ops import normed, reference, registered
+from mhc_hf.ops.functional import BranchNorm
 from mhc_hf.ops.triton import config, record
 
+from . import independent
 from .sites import bind_ops, differentiate, make_site, relative_error, widen
 
 torch.use_deterministic_algorithms(True)
@@ -23,20 +25,38 @@ PUBLIC = ("sinkhorn_knopp", "mhc_coefficients", "mhc_pre", "mhc_post_res", "mhc_
 on_triton = bind_ops("triton")
 
 
-def pass_layer(x, phi, bias, alpha, branch_out, num_iters=20):
-    """Two sites by all fused kernels."""
-    site = on_triton.site_read(x, phi, bias, alpha, num_iters=num_iters)
+def pass_layer(x, phi, bias, alpha, branch_out, gain, num_iters=20, normed_site=0):
+    """Two sites by all fused kernels; the branch of one of them begins with an RMSNorm."""
+    first, second = ({"branch_norm": BranchNorm(gain, 1e-6)} if normed_site == index else {} for index in range(2))
+    site = on_triton.site_read(x, phi, bias, alpha, num_iters=num_iters, **first)
+    parameters = phi.flip(0), bias.flip(0), alpha
     branch = torch.tanh(site.branch_in) * branch_out
-    middle, site = on_triton.site_write_read(x, branch, site, phi.flip(0), bias.flip(0), alpha, num_iters=num_iters)
+    middle, site = on_triton.site_write_read(x, branch, site, *parameters, num_iters=num_iters, **second)
     return on_triton.site_write(middle, torch.tanh(site.branch_in) * branch_out, site)
 
 
-def pass_layer_plainly(x, phi, bias, alpha, branch_out, num_iters=20):
-    """The same by the reference."""
-    for weights in ((phi, bias), (phi.flip(0), bias.flip(0))):
-        branch_in, h_post, h_res = reference.mhc_pre_branch(x, *weights, alpha, num_iters=num_iters)
-        x = reference.mhc_post_res(x, torch.tanh(branch_in) * branch_out, h_post, h_res)
+def pass_layer_plainly(x, phi, bias, alpha, branch_out, gain, num_iters=20, normed_site=0):
+    """The same by the reference, in any dtype; in float64 by a formula of its own."""
+    for index, parameters in enumerate(((phi, bias, alpha), (phi.flip(0), bias.flip(0), alpha))):
+        weight = gain if index == normed_site else None
+        if x.dtype == torch.float64:
+
+            def branch(u):
+                return torch.tanh(u) * branch_out
+
+            x = independent.pass_site(x, *parameters, branch, num_iters=num_iters, gain=weight)
+            continue
+        u, h_post, h_res = reference.mhc_pre_branch(x, *parameters, num_iters=num_iters)
+        u = u if weight is None else reference.weighted_rms_norm(u, weight)
+        x = reference.mhc_post_res(x, torch.tanh(u) * branch_out, h_post, h_res)
     return x
+
+
+def make_normed_site(n, num_channels, **keywords):
+    """`make_site`, and the weight of a norm."""
+    site = make_site(n, num_channels, **keywords)
+    gain = 1 + 0.3 * torch.randn(num_channels, generator=torch.Generator().manual_seed(3))
+    return site | {"gain": gain.to(site["x"].dtype)}
 
 
 def compare(function, plain, site):
@@ -73,6 +93,54 @@ def run_extremes(device="cpu"):
     return {"error": error, "finite": bool(torch.isfinite(logits.grad).all())}
 
 
+def make_extreme_sites():
+    """{name: site} of which every value and gradient must be finite, and values right."""
+    sites = {name: make_normed_site(3, 16, lead=(5,)) for name in ("logits of 1e4", "one dominates", "all equal")}
+    for site in sites.values():
+        # the logits are the biases then, to the bit
+        site["alpha"] = torch.zeros(3)
+    sites["logits of 1e4"]["bias"] = 1e4 * torch.sign(sites["logits of 1e4"]["bias"])
+    sites["one dominates"]["bias"] = torch.zeros(15)
+    sites["one dominates"]["bias"][7] = 1e4
+    sites["all equal"]["bias"] = torch.zeros(15)
+    sites["denormal streams"] = make_normed_site(3, 16, lead=(5,))
+    for name in ("x", "branch_out"):
+        sites["denormal streams"][name] *= 1e-40
+    # a sum of squares of 1.6e12: fp16 ends at 6.6e4
+    sites["fp16 streams of 1e4"] = make_normed_site(4, 4096, lead=(2,), dtype=torch.float16)
+    sites["fp16 streams of 1e4"]["x"] = torch.full((2, 4, 4096), 1e4, dtype=torch.float16)
+    return sites
+
+
+def pass_by_reference(**site):
+    """`pass_layer_plainly` by logarithms in float64 too: the formula's exp ends at 700."""
+    x, phi, bias, alpha, branch_out, gain = site.values()
+    for index, parameters in enumerate(((phi, bias, alpha), (phi.flip(0), bias.flip(0), alpha))):
+        u, h_post, h_res = reference.mhc_pre_branch(x, *parameters, num_iters=3)
+        u = u if index else reference.weighted_rms_norm(u, gain)
+        x = reference.mhc_post_res(x, torch.tanh(u) * branch_out, h_post, h_res)
+    return x
+
+
+def oppose(site, size):
+    """Streams that cancel in what the branch reads, all but `size` of them."""
+    x, n = site["x"], site["x"].shape[-2]
+    noise = torch.randn(x[..., 0, :].shape, generator=torch.Generator().manual_seed(4))
+    x[..., 1, :] = -x[..., 0, :] * (1 + size * noise)
+    x[..., 2:, :] *= size
+    site["bias"][:n] = 0.0
+    site["phi"] *= 0.01
+    return site
+
+
+def tell_direction():
+    """Distance of a write from H_res x, and from its transpose, DeepSeek-V4's `comb` taken for H_res."""
+    x = make_site(4, 32)["x"]
+    h_res = reference.sinkhorn_knopp(torch.randn(2, 7, 4, 4, generator=torch.Generator().manual_seed(5)), 20)
+    got = on_triton.mhc_post_res(x, torch.zeros(2, 7, 32), torch.zeros(2, 7, 4), h_res)
+    return [relative_error(got, (matrix @ x).double()) for matrix in (h_res, h_res.mT)]
+
+
 def main() -> None:
     """All figures as JSON on standard output."""
     result = {}
@@ -81,23 +149,40 @@ def main() -> None:
     cases += [(4, 60, (2, 19), dtype, 4) for dtype in (torch.bfloat16, torch.float16)]
     cases += [(3, 576, (70,), torch.bfloat16, 4)]
     for n, num_channels, lead, dtype, num_iters in cases:
-        site = make_site(n, num_channels, lead=lead, dtype=dtype)
-        ours, plain = (functools.partial(f, num_iters=num_iters) for f in (pass_layer, pass_layer_plainly))
+        site = make_normed_site(n, num_channels, lead=lead, dtype=dtype)
+        # the norm in the first site for even n, in the second for odd
+        keywords = {"num_iters": num_iters, "normed_site": n % 2}
+        ours, plain = (functools.partial(f, **keywords) for f in (pass_layer, pass_layer_plainly))
         result[f"layer n={n} C={num_channels} {dtype}"] = compare(ours, plain, site)
+    few = functools.partial(pass_layer, num_iters=3)
+    few_plainly = functools.partial(pass_layer_plainly, num_iters=3)
+    result["opposed streams"] = compare(few, few_plainly, oppose(make_normed_site(4, 600, lead=(19,)), 3e-3))
+    for name, site in make_extreme_sites().items():
+        got, want = differentiate(few, site), differentiate(pass_by_reference, widen(site))
+        finite = all(bool(torch.isfinite(value).all()) for value in got.values())
+        result[f"extreme: {name}"] = [relative_error(got["out0"], want["out0"]), finite]
+    result["direction"] = tell_direction()
     for name in PUBLIC:
         result[f"{name} n=3"] = compare_alone(name, make_site(3, 33, lead=(2, 5)))
     result["extremes"] = run_extremes()
 
-    site = make_site(4, 48, lead=(67,), dtype=torch.bfloat16)
-    few = functools.partial(pass_layer, num_iters=3)
+    site = make_normed_site(4, 48, lead=(67,), dtype=torch.bfloat16)
     first, second = differentiate(few, site), differentiate(few, site)
     result["same bits"] = all(torch.equal(first[name], second[name]) for name in first)
-    empty = differentiate(pass_layer, make_site(4, 16, lead=(2, 0)))
+    empty = differentiate(pass_layer, make_normed_site(4, 16, lead=(2, 0)))
     result["zero tokens"] = [list(empty["out0"].shape), empty["d_phi"].abs().max().item()]
-    x, phi, bias, alpha, _ = (t.requires_grad_() for t in make_site(2, 16, lead=(5,)).values())
-    result["opcheck"] = torch.library.opcheck(registered.read, (x, phi, bias, alpha, 3, 1e-6, "triton"))
+    x, phi, bias, alpha, branch_out, gain = (t.requires_grad_() for t in make_normed_site(2, 16, lead=(5,)).values())
+    parameters, numbers = (phi, bias, alpha), (3, 1e-6)
+    h_post, h_res, link = torch.rand(2, 5), torch.rand(2, 2, 5), torch.zeros(1).expand(x.shape).requires_grad_()
+    written = (link, x.detach(), branch_out, h_post.requires_grad_(), h_res)
+    checked = {
+        registered.read: (x, *parameters, *numbers),
+        normed.read_normed: (x, *parameters, gain, *numbers, 1e-6),
+        normed.write_read_normed: (*written, *parameters, gain, *numbers, 1e-6),
+    }
+    result["opcheck"] = [torch.library.opcheck(op, (*arguments, "triton")) for op, arguments in checked.items()]
     with record.record_launches() as launches:
-        differentiate(few, make_site(2, 16, lead=(3,)))
+        differentiate(few, make_normed_site(2, 16, lead=(3,)))
     result["kernels run"] = sorted({one.kernel for one in launches})
     result["target"] = config.get_target()
     json.dump(result, sys.stdout)

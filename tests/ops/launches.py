@@ -34,6 +34,8 @@ _KERNELS = {
 }
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _OPTIONS = ("num_warps", "num_stages")
+# constants that tell one compilation of a kernel from another, for the table
+_FLAGS = ("COLLAPSE", "DOTS", "BRANCH", "MIX", "TRANSPOSED", "HAS_RES_DOTS", "HAS_H_RES", "GRAM", "NORM")
 
 
 def record_ops(n: int, num_channels: int, dtype: torch.dtype, num_tokens: int = 1024) -> dict[str, list[record.Launch]]:
@@ -53,6 +55,7 @@ def record_ops(n: int, num_channels: int, dtype: torch.dtype, num_tokens: int = 
         numbers(num_tokens),
     )
     parameters, saved = (phi, bias, alpha), (projected, inv_rms, 20)
+    norm, norm_saved = (branch.new_empty(num_channels), 1e-6), (branch.new_empty(num_channels), inv_rms, h)
     calls: dict[str, Any] = {
         "sinkhorn": lambda: launch.project_doubly_stochastic(h_res, 20),
         "sinkhorn backward": lambda: launch.backpropagate_projection(h_res, h_res, 20),
@@ -66,6 +69,13 @@ def record_ops(n: int, num_channels: int, dtype: torch.dtype, num_tokens: int = 
         "write backward": lambda: launch.backpropagate_write(branch, h, x),
         "mix backward": lambda: launch.backpropagate_mix(x, h_res, x),
         "write_read": lambda: launch.write_read(x, branch, h, h_res, *parameters, 20, 1e-6),
+        "write_project": lambda: launch.write_project(x, branch, h, h_res, phi, True),
+        "read_projected": lambda: launch.read_projected(numbers(1, m + 1, num_tokens), x, bias, alpha, 20, 1e-6),
+        "read_normed": lambda: launch.read(x, *parameters, 20, 1e-6, *norm),
+        "read_normed backward": lambda: launch.backpropagate_read(
+            x, *parameters, *saved, branch, None, h, None, x, *norm_saved
+        ),
+        "write_read_normed": lambda: launch.write_read(x, branch, h, h_res, *parameters, 20, 1e-6, *norm),
     }
     recorded = {}
     for name, call in calls.items():
@@ -148,21 +158,17 @@ def main() -> None:
     dtype = getattr(torch, sys.argv[1] if len(sys.argv) > 1 else "bfloat16")
     targets = sys.argv[2].split(",") if len(sys.argv) > 2 else list(TARGETS)
     print("| kernel | tiles | " + " | ".join(targets) + " |\n|---|---|" + "---|" * len(targets))
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, dict[str, str]] = {}
     for target in targets:
         for described in list_compilations(target, 4096, dtype):
             name, _, constants, _ = described
-            flags = [
-                key.lower()
-                for key in ("COLLAPSE", "DOTS", "BRANCH", "MIX", "TRANSPOSED", "HAS_RES_DOTS", "HAS_H_RES")
-                if constants.get(key)
-            ]
-            tiles = "x".join(str(constants[key]) for key in ("BT", "BC", "BK") if key in constants)
+            flags = [key.lower() for key in _FLAGS if constants.get(key)]
+            tiles = "x".join(str(constants[key]) for key in ("BT", "BC") if key in constants)
             key = f"`{name.removesuffix('_kernel')}` {' '.join(flags)} | {tiles}, {constants['num_warps']} warps"
             found = read_resources(compile_launch(described, target))
-            rows.setdefault(key, []).append(f"{found['registers']} / {found['spilled']} / {found['shared']}")
+            rows.setdefault(key, {})[target] = f"{found['registers']} / {found['spilled']} / {found['shared']}"
     for key, cells in rows.items():
-        print(f"| {key} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {key} | " + " | ".join(cells.get(target, "") for target in targets) + " |", flush=True)
 
 
 if __name__ == "__main__":

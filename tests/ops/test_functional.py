@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from mhc_hf.ops import reference, registered
+from mhc_hf.ops import normed, reference, registered
+from mhc_hf.ops.functional import BranchNorm
 
 from .sites import bind_ops, differentiate, make_site, pass_site, relative_error, widen
 
@@ -99,6 +100,27 @@ def test_each_op_alone_matches_float64(on, dtype):
 def test_float64_streams_are_computed_in_float64():
     site = {name: tensor.double().requires_grad_() for name, tensor in make_site(3, 5, lead=(2,)).items()}
     assert torch.autograd.gradcheck(lambda *a: pass_linked_site(bind_ops("torch"))(*a), tuple(site.values()))
+
+
+def test_the_gradient_of_a_normed_site_is_exact():
+    ops = bind_ops("torch")
+    site = {name: tensor.double().requires_grad_() for name, tensor in make_site(3, 5, lead=(2,)).items()}
+    gain = torch.linspace(0.5, 2, 5, dtype=torch.float64, requires_grad=True)
+
+    def run(x, phi, bias, alpha, branch_out, gain):
+        norm = BranchNorm(gain, 1e-5)
+        site = ops.site_read(x, phi, bias, alpha, branch_norm=norm)
+        middle, site = ops.site_write_read(x, site.branch_in * branch_out, site, phi, bias, alpha, branch_norm=norm)
+        return ops.site_write(middle, site.branch_in * branch_out, site)
+
+    assert torch.autograd.gradcheck(run, (*site.values(), gain))
+
+
+def test_a_norm_that_a_kernel_would_not_apply_as_the_module_does_is_refused(on):
+    site = make_site(4, 8)
+    norm = BranchNorm(torch.ones(8, dtype=torch.bfloat16), 1e-6)
+    with pytest.raises(ValueError, match=r"weight of `branch_norm` must be torch\.float32 \[8\].*got torch\.bfloat16"):
+        on.site_read(site["x"], site["phi"], site["bias"], site["alpha"], branch_norm=norm)
 
 
 def test_h_res_goes_from_j_to_i(on):
@@ -214,6 +236,7 @@ def _op_arguments(backend):
     x, phi, bias, alpha, branch_out = (t.requires_grad_() for t in make_site(4, 12, lead=(5,)).values())
     h_post, h_res = torch.rand(4, 5, requires_grad=True), torch.rand(4, 4, 5, requires_grad=True)
     link = torch.zeros(1).expand(x.shape).requires_grad_()
+    gain = torch.rand(12, requires_grad=True)
     site, given, numbers = (x, phi, bias, alpha), (x.detach(), branch_out, h_post, h_res.detach()), (20, 1e-6, backend)
     return {
         "sinkhorn": (h_res, 20, backend),
@@ -223,13 +246,16 @@ def _op_arguments(backend):
         "post_res": (x, branch_out, h_post, h_res, backend),
         "write": (link, *given, backend),
         "write_read": (link, *given, phi, bias, alpha, *numbers),
+        "read_normed": (*site, gain, 20, 1e-6, 1e-6, backend),
+        "write_read_normed": (link, *given, phi, bias, alpha, gain, 20, 1e-6, 1e-6, backend),
     }
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("name", _op_arguments("torch"))
 def test_registration_passes_opcheck(name, backend):
-    torch.library.opcheck(getattr(registered, name), _op_arguments(backend)[name])
+    registry = normed if name.endswith("_normed") else registered
+    torch.library.opcheck(getattr(registry, name), _op_arguments(backend)[name])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 40])

@@ -8,6 +8,7 @@ transformers about a class from outside is said here.
 import sys
 import types
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -122,6 +123,8 @@ def widen_layers(model: PreTrainedModel) -> None:
         form = family.form(config, index)
         layers[index] = MHCDecoderLayer(layer, config, form, site, widens=index == 0, collapses=index == last)
         site += len(form.sites)
+    for layer, following in pairwise(layers):
+        layer.hand_on_to(following)
     if family.inner is not None:
         # the layers' owner makes the parameters of its own sub-modules, and captures outputs, by its own class
         adopt_class(model.get_submodule(family.layers.rpartition(".")[0]), globals()[f"MHC{family.inner}"])

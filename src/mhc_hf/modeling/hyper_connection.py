@@ -4,18 +4,29 @@ Shapes: B batch, S sequence, n streams (expansion rate), C channels of one strea
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..ops import mhc_post_res, mhc_pre
-from ..ops.functional import SiteRead, site_read, site_write
+from ..ops.backends import runs_on_triton
+from ..ops.functional import SiteRead, site_read, site_read_projected, site_write, site_write_read
+from .branch_norm import take_norm
 from .configuration_mhc import MHCConfig
+from .handing_on import take_projections, write_ahead
 from .projections import compute_maps
 from .recompute import default_block_layers, find_block, hand_on, write_anew
 from .starts import STARTS, bias_of
+
+
+class Unwritten(NamedTuple):
+    """Streams after a site that the next site of the layer is to write, in the pass in which it reads them."""
+
+    x: Tensor
+    branch_out: Tensor
+    site: SiteRead
 
 
 class HyperConnection(nn.Module):
@@ -53,41 +64,76 @@ class HyperConnection(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_logits, dtype=torch.float32))
         self.alpha = nn.Parameter(torch.empty(3, dtype=torch.float32))
 
-    def forward(self, streams: Tensor, branch: Callable[[Tensor], Tensor], checkpointed: bool = False) -> Tensor:
+    def forward(
+        self,
+        streams: Tensor | Unwritten,
+        branch: Callable[[Tensor], Tensor],
+        checkpointed: bool = False,
+        *,
+        norm: nn.Module | None = None,
+        defers: bool = False,
+        next_site: "HyperConnection | None" = None,
+    ) -> Tensor | Unwritten:
         """One site, its branch included.
 
+        The keywords say what kernels may join to the site's own passes. Only where kernels run may a site defer.
+
         Args:
-            streams: [B, S, n*C], stream-major.
+            streams: [B, S, n*C], stream-major, or what the site before has deferred.
             branch: F, the sub-layer with its own norms: [B, S, C] -> [B, S, C].
             checkpointed: all of the layer is made again in backward, so that recompute has nothing to save.
+            norm: the first norm of F, where `branch` begins after it: one for which `is_llama_norm` holds.
+            defers: the caller gives the answer to the next site as it is, and the write is left to that one.
+            next_site: who is to read the streams in the next layer, where kernels run.
         Returns:
-            [B, S, n*C] in the dtype of `streams`.
+            [B, S, n*C] in the dtype of `streams`; an Unwritten where the site defers.
         """
-        x = self._split(streams)  # [B, S, n, C]
         if self.projection != "sinkhorn":
+            assert isinstance(streams, Tensor)
+            x = self._split(streams)  # [B, S, n, C]
             h_pre, h_post, h_res = self.maps(streams)
-            branch_out = branch(mhc_pre(x, h_pre)).to(x.dtype)
+            branch_out = self._run(branch, norm, mhc_pre(x, h_pre))
             return mhc_post_res(x, branch_out, h_post, h_res).flatten(-2)
         recompute = self.recompute and not checkpointed and self.training and torch.is_grad_enabled()
-        if not recompute or torch.compiler.is_compiling():
-            site = self._read(x)
-            branch_out = self._run(branch, site)
-            ends_block = (self.site + 1) % self.sites_per_block == 0
-            write = write_anew if recompute and not ends_block else site_write
-            return write(x, branch_out, site).flatten(-2)
-        block = find_block(streams, x, self.sites_per_block)
-        with block.keeping_out(x):
-            site = self._read(x)
-        branch_out = self._run(branch, site)
-        block.record(branch_out, site)
-        return hand_on(block, site_write(x, branch_out, site).flatten(-2))
+        is_compiling = torch.compiler.is_compiling()
+        if recompute and not is_compiling and isinstance(streams, Tensor):
+            x = self._split(streams)
+            block = find_block(streams, x, self.sites_per_block)
+            with block.keeping_out(x):
+                x, site, norm = self._read(streams, norm)
+            branch_out = self._run(branch, norm, site.branch_in)
+            block.record(branch_out, site)
+            return hand_on(block, site_write(x, branch_out, site).flatten(-2))
+        x, site, norm = self._read(streams, norm)
+        branch_out = self._run(branch, norm, site.branch_in)
+        if defers and not recompute:
+            return Unwritten(x, branch_out, site)
+        if recompute and is_compiling and (self.site + 1) % self.sites_per_block != 0:
+            return write_anew(x, branch_out, site).flatten(-2)
+        if next_site is None:
+            return site_write(x, branch_out, site).flatten(-2)
+        return write_ahead(x, branch_out, site, next_site)
 
-    def _read(self, x: Tensor) -> SiteRead:
-        return site_read(x, self.phi, self.bias, self.alpha, num_iters=self.num_iters, norm_eps=self.norm_eps)
+    def _read(self, streams: Tensor | Unwritten, norm: nn.Module | None) -> tuple[Tensor, SiteRead, nn.Module | None]:
+        """The streams [B, S, n, C], what the site reads of them, and the norm unless it is applied already."""
+        x = streams.x if isinstance(streams, Unwritten) else self._split(streams)
+        keywords: Any = {"num_iters": self.num_iters, "norm_eps": self.norm_eps}
+        if not runs_on_triton(x, self.hc_mult):
+            assert isinstance(streams, Tensor)
+            return x, site_read(x, self.phi, self.bias, self.alpha, **keywords), norm
+        keywords["branch_norm"] = branch_norm = take_norm(norm, x)
+        if isinstance(streams, Unwritten):
+            x, site = site_write_read(*streams, self.phi, self.bias, self.alpha, **keywords)
+        elif (projections := take_projections(streams, x, self.phi)) is not None:
+            site = site_read_projected(x, projections, self.bias, self.alpha, **keywords)
+        else:
+            site = site_read(x, self.phi, self.bias, self.alpha, **keywords)
+        return x, site, norm if branch_norm is None else None
 
-    def _run(self, branch: Callable[[Tensor], Tensor], site: SiteRead) -> Tensor:
+    def _run(self, branch: Callable[[Tensor], Tensor], norm: nn.Module | None, branch_in: Tensor) -> Tensor:
+        out = branch(branch_in if norm is None else norm(branch_in))
         # under autocast a branch may answer in a lower dtype than the streams have
-        return branch(site.branch_in).to(site.branch_in.dtype)
+        return out.to(branch_in.dtype)
 
     def maps(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """H_pre [B, S, n], H_post [B, S, n] and H_res [B, S, n, n] at `streams` [B, S, n*C], to look at."""

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..ops.backends import runs_on_triton
+from .branch_norm import is_hooked, is_llama_norm
 from .configuration_mhc import MHCConfig
-from .hyper_connection import HyperConnection
+from .hyper_connection import HyperConnection, Unwritten
 from .steps import Chain, Context, Form, resolve, run_chain
 
 
@@ -55,6 +57,10 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         self.returns = form.returns
         self.stream_scale = form.stream_scale
         self.chains = {site: resolve(chain, base_layer) for site, chain in form.sites.items()}
+        # by class, of those that a site may apply itself: a wrapper or another norm may take their place later
+        self.leading_norms = {site: _llama_norm_class(chain, base_layer) for site, chain in self.chains.items()}
+        # in a tuple, so that it is no sub-module of this layer
+        self._next_site: tuple[HyperConnection, ...] = ()
         # the family's arguments after self and hidden_states, with their defaults
         parameters = list(inspect.signature(type(base_layer).forward).parameters.values())[2:]
         named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -74,7 +80,9 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         x = widen_streams(hidden_states, self.hc_mult) if self.widens else hidden_states
         checkpointed = self.gradient_checkpointing and self.training
         for site, chain in self.chains.items():
-            x = getattr(self, site)(x, partial(self._branch, chain, context), checkpointed)
+            norm, steps = self._split_norm(site, chain)
+            branch = partial(self._branch, steps, context)
+            x = getattr(self, site)(x, branch, checkpointed, norm=norm, **self._join(site, x))
         if self.stream_scale is not None:
             x = x * getattr(self, self.stream_scale)
         if self.collapses:
@@ -82,6 +90,27 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         if self.returns is None:
             return x
         return x, context.answer[self.returns] if len(context.answer) > self.returns else None
+
+    def hand_on_to(self, layer: "MHCDecoderLayer") -> None:
+        """Tell this layer which one reads its streams: in inference it can do that one's projections with its write."""
+        if self.stream_scale is None and not self.collapses:
+            self._next_site = (getattr(layer, next(iter(layer.chains))),)
+
+    def _join(self, site: str, x: Tensor | Unwritten) -> dict[str, Any]:
+        """What a site may leave to the next one, or do for it, where kernels run."""
+        if isinstance(x, Tensor) and not runs_on_triton(x, self.hc_mult):
+            return {}
+        *_, last = self.chains
+        if site == last:
+            return {"next_site": self._next_site[0]} if self._next_site else {}
+        # a hook on a site is to see streams that are written
+        return {"defers": not any(is_hooked(getattr(self, site)) for site in self.chains)}
+
+    def _split_norm(self, site: str, chain: Chain) -> tuple[nn.Module | None, Chain]:
+        """The norm that a site may apply itself, and the steps after it; None and all the steps where there is none."""
+        kind = self.leading_norms[site]
+        norm = None if kind is None else getattr(self, str(chain[0]))
+        return (norm, chain[1:]) if type(norm) is kind else (None, chain)
 
     def _branch(self, chain: Chain, context: Context, branch_in: Tensor) -> Tensor:
         """F of one site. [B, S, C] -> [B, S, C]"""
@@ -100,3 +129,9 @@ def collapse_streams(streams: Tensor, hc_mult: int) -> Tensor:
     first = x[..., 0, :]
     # from the first stream on: the mean of copies is then the copy, to the bit, for every n
     return (first + (x - first.unsqueeze(-2)).mean(-2)).to(streams.dtype)
+
+
+def _llama_norm_class(chain: Chain, layer: nn.Module) -> type[nn.Module] | None:
+    """The class of the norm that a chain begins with, where it is a plain weighted RMSNorm."""
+    norm = getattr(layer, chain[0]) if isinstance(chain[0], str) else None
+    return type(norm) if isinstance(norm, nn.Module) and is_llama_norm(norm) else None

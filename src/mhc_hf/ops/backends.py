@@ -22,13 +22,19 @@ def choose_backend(backend: str, x: Tensor, n: int) -> str:
         RuntimeError: the named backend cannot run; the message says why.
     """
     if backend == "auto":
-        fast = "triton" if x.device.type in _TRITON_DEVICES else "native"
+        # interpreted kernels run on any device: who sets the variable wants to see them run
+        fast = "triton" if x.device.type in _TRITON_DEVICES or _is_interpreted() else "native"
         return "torch" if explain_no_backend(fast, x, n) else fast
     if backend not in BACKENDS:
         raise ValueError(f'`backend` must be "auto", "torch", "native" or "triton", got {backend!r}.')
     if reason := explain_no_backend(backend, x, n):
         raise RuntimeError(f'`backend="{backend}"` cannot run: {reason}. Use backend="auto" or "torch".')
     return backend
+
+
+def runs_on_triton(x: Tensor, n: int) -> bool:
+    """Whether "auto" takes the Triton kernels for streams like `x`; where it does not, next to no time is lost."""
+    return (x.device.type in _TRITON_DEVICES or _is_interpreted()) and explain_no_triton(x, n) is None
 
 
 def explain_no_backend(backend: str, x: Tensor, n: int) -> str | None:

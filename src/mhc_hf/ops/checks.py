@@ -54,6 +54,15 @@ def check_branch(x: Tensor, branch_out: Tensor) -> None:
         )
 
 
+def check_branch_norm(x: Tensor, weight: Tensor) -> None:
+    """The weight of the norm that a branch begins with is [C], in the dtype of `x`."""
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+        raise ValueError(
+            f"the weight of `branch_norm` must be {x.dtype} {list(x.shape[-1:])} for `x` {list(x.shape)}, "
+            f"got {weight.dtype} {list(weight.shape)}. Leave `branch_norm` out and norm branch_in afterwards."
+        )
+
+
 def check_iters(num_iters: int) -> None:
     """At least one normalisation, or the result is not a mixing matrix."""
     if num_iters < 1:

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import registered
-from .backends import choose_backend
-from .checks import check_branch, check_iters, check_maps, check_parameters, check_streams
+from . import normed, registered
+from .backends import choose_backend, runs_on_triton
+from .checks import check_branch, check_branch_norm, check_iters, check_maps, check_parameters, check_streams
 
 Backend = Literal["auto", "torch", "native", "triton"]
 
@@ -137,6 +137,13 @@ def mhc_pre_branch(
     return site.branch_in, _unflatten(site.h_post, x), _unflatten(site.h_res, x)
 
 
+class BranchNorm(NamedTuple):
+    """The RMSNorm that a branch begins with, `reference.weighted_rms_norm`: weight [C] in the dtype of the streams."""
+
+    weight: Tensor
+    eps: float
+
+
 class SiteRead(NamedTuple):
     """What `site_read` hands to the branch (`branch_in` [..., C]) and to `site_write` (the rest, opaque)."""
 
@@ -154,6 +161,7 @@ def site_read(
     *,
     num_iters: int = 20,
     norm_eps: float = 1e-6,
+    branch_norm: BranchNorm | None = None,
     backend: Backend = "auto",
 ) -> SiteRead:
     """`mhc_pre_branch` for a site that writes with `site_write`: together they are one owner of all gradients of x.
@@ -162,15 +170,23 @@ def site_read(
     Here one node makes d_x once, from the gradient that `site_write` passes back as it came. Values and gradients are
     the same. `site_write` must get the same `x`; h_post and h_res of a SiteRead are its messages, not to be edited.
 
-    Arguments and errors are those of `mhc_coefficients`.
+    With `branch_norm` the branch's own first norm is applied too: branch_in is what `reference.weighted_rms_norm` makes
+    of H_pre x, and the kernels need no pass of their own for it. Its weight is differentiated with the rest.
+
+    Other arguments and errors are those of `mhc_coefficients`.
     """
     check_streams(x)
     check_parameters(x, phi, bias, alpha)
     check_iters(num_iters)
     chosen = choose_backend(backend, x, x.shape[-2])
-    arguments = (_flatten_tokens(x), *_match(x, phi, bias, alpha), num_iters, norm_eps)
-    branch_in, h_post, h_res, _, _, *link = _call("read", chosen, *arguments)
-    return SiteRead(_unflatten_branch(branch_in, x), h_post, h_res, link[0] if link else None)
+    arguments = (_flatten_tokens(x), *_match(x, phi, bias, alpha))
+    if branch_norm is None:
+        outputs = _call("read", chosen, *arguments, num_iters, norm_eps)
+    else:
+        check_branch_norm(x, branch_norm.weight)
+        numbers = (branch_norm.weight, num_iters, norm_eps, branch_norm.eps)
+        outputs = _call("read_normed", chosen, *arguments, *numbers)
+    return _make_site(outputs, x)
 
 
 def site_write(x: Tensor, branch_out: Tensor, site: SiteRead, *, backend: Backend = "auto") -> Tensor:
@@ -206,13 +222,14 @@ def site_write_read(
     *,
     num_iters: int = 20,
     norm_eps: float = 1e-6,
+    branch_norm: BranchNorm | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, SiteRead]:
     """`site_write`, then `site_read` of what it wrote by the next site of the layer, in one pass over the streams.
 
     Args:
         x, branch_out, site: as `site_write` takes them.
-        phi, bias, alpha, num_iters, norm_eps: the next site's, as `site_read` takes them.
+        phi, bias, alpha, num_iters, norm_eps, branch_norm: the next site's, as `site_read` takes them.
     Returns:
         The streams between the sites, [..., n, C] in the dtype of `x`, and the next site's SiteRead, to be given to
         `site_write` with them.
@@ -224,27 +241,66 @@ def site_write_read(
     check_parameters(x, phi, bias, alpha)
     check_iters(num_iters)
     chosen = choose_backend(backend, x, x.shape[-2])
-    arguments = (
-        _flatten_tokens(x),
-        _flatten_branch(branch_out),
-        site.h_post,
-        site.h_res,
-        *_match(x, phi, bias, alpha),
-        num_iters,
-        norm_eps,
-    )
-    link: tuple[Tensor, ...]
-    if site.link is None and _records_graph(arguments):
+    maps = (site.h_post, site.h_res)
+    arguments = (_flatten_tokens(x), _flatten_branch(branch_out), *maps, *_match(x, phi, bias, alpha))
+    if site.link is None and _records_graph((*arguments, *(branch_norm or ()))):
         # the first site was read without a graph, so its x needs no gradient; this site's own parameters may
         x_next = site_write(x, branch_out, site, backend=backend)
-        return x_next, site_read(x_next, phi, bias, alpha, num_iters=num_iters, norm_eps=norm_eps, backend=backend)
-    if site.link is None:
-        implementation = registered.exempt_from_autocast(registered.get_implementation(chosen).write_read)
-        x_next, branch_in, h_post, h_res, _, _, *link = implementation(*arguments)
+        keywords: Any = {"num_iters": num_iters, "norm_eps": norm_eps, "branch_norm": branch_norm, "backend": backend}
+        return x_next, site_read(x_next, phi, bias, alpha, **keywords)
+    op: str
+    numbers: tuple[Any, ...]
+    if branch_norm is None:
+        op, numbers = "write_read", (num_iters, norm_eps)
     else:
-        x_next, branch_in, h_post, h_res, _, _, *link = registered.write_read(site.link, *arguments, chosen)
-    branch_in = _unflatten_branch(branch_in, x)
-    return x_next.view_as(x), SiteRead(branch_in, h_post, h_res, link[0] if link else None)
+        check_branch_norm(x, branch_norm.weight)
+        op, numbers = "write_read_normed", (branch_norm.weight, num_iters, norm_eps, branch_norm.eps)
+    if site.link is None:
+        x_next, *outputs = _compute(op, chosen, *arguments, *numbers)
+    else:
+        x_next, *outputs = _get_op(op)(site.link, *arguments, *numbers, chosen)
+    return x_next.view_as(x), _make_site(outputs, x)
+
+
+class Projections(NamedTuple):
+    """What `site_write_project` has found for the site that reads next: opaque, and for that phi alone."""
+
+    partial: Tensor
+    phi: Tensor
+
+
+def can_project_ahead(x: Tensor) -> bool:
+    """Whether `site_write_project` can run on `x` [..., n, C]: on kernels, and in inference."""
+    is_traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not is_traced and runs_on_triton(x, x.shape[-2])
+
+
+def site_write_project(x: Tensor, branch_out: Tensor, site: SiteRead, phi: Tensor) -> tuple[Tensor, Projections]:
+    """`site_write`, and in the same pass the projections by the `phi` of the site that will read what is written.
+
+    For two sites that cannot meet in `site_write_read`. Only where `can_project_ahead`; arguments are `site_write`'s.
+    """
+    check_branch(x, branch_out)
+    launch: Any = registered.get_implementation("triton")
+    arguments = (_flatten_tokens(x), _flatten_branch(branch_out), site.h_post, site.h_res, *_match(x, phi))
+    x_next, partial = launch.write_project(*arguments, gram=True)
+    return x_next.view_as(x), Projections(partial, phi)
+
+
+def site_read_projected(
+    x: Tensor,
+    projections: Projections,
+    bias: Tensor,
+    alpha: Tensor,
+    *,
+    num_iters: int = 20,
+    norm_eps: float = 1e-6,
+    branch_norm: BranchNorm | None = None,
+) -> SiteRead:
+    """`site_read` of streams that `site_write_project` has written, without a pass of its own for the projections."""
+    launch: Any = registered.get_implementation("triton")
+    arguments = (projections.partial, _flatten_tokens(x), *_match(x, bias, alpha), num_iters, norm_eps)
+    return _make_site(launch.read_projected(*arguments, *(branch_norm or ())), x)
 
 
 def _call(name: str, backend: str, *arguments: Any) -> Any:
@@ -253,8 +309,26 @@ def _call(name: str, backend: str, *arguments: Any) -> Any:
     A custom op's way through the dispatcher costs more than the arithmetic of one decoded token.
     """
     if _records_graph(arguments):
-        return getattr(registered, name)(*arguments, backend)
+        return _get_op(name)(*arguments, backend)
+    return _compute(name, backend, *arguments)
+
+
+def _get_op(name: str) -> Any:
+    return getattr(normed if name.endswith("_normed") else registered, name)
+
+
+def _compute(name: str, backend: str, *arguments: Any) -> Any:
+    """The value alone, by the implementation."""
+    if name.endswith("_normed"):
+        return registered.exempt_from_autocast(getattr(normed, f"compute_{name}"))(*arguments, backend)
     return registered.exempt_from_autocast(getattr(registered.get_implementation(backend), name))(*arguments)
+
+
+def _make_site(outputs: Any, x: Tensor) -> SiteRead:
+    """What a read of `x` returned; where a graph is recorded the link comes last."""
+    branch_in, h_post, h_res, *others = outputs
+    link = others[-1] if len(others) % 2 else None
+    return SiteRead(_unflatten_branch(branch_in, x), h_post, h_res, link)
 
 
 def _records_graph(arguments: tuple[Any, ...]) -> bool:

@@ -84,5 +84,16 @@ def mhc_pre_branch(
     return mhc_pre(x, h_pre), h_post, h_res
 
 
+def weighted_rms_norm(branch_in: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """The norm that most branches begin with: weight * u / rms(u), the root mean square in float32. [..., C]
+
+    Rounded to the dtype of `branch_in` before the weight, and after, as LLaMA and the families after it do in
+    transformers.
+    """
+    u = branch_in.to(_compute_dtype(branch_in))
+    normed = (u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)).to(branch_in.dtype)
+    return weight.to(branch_in.dtype) * normed
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -53,7 +53,8 @@ def get_implementation(backend: str) -> ModuleType:
     return eager if backend == "torch" else import_module(f".{backend}.launch", __package__)
 
 
-def _register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A custom op with its fake, exempt from autocast; its autograd formula is given afterwards."""
     op = torch.library.custom_op(
         f"{_NAMESPACE}::{name}", exempt_from_autocast(implementation), mutates_args=(), schema=schema
     )
@@ -76,13 +77,13 @@ def _sinkhorn_backward(grad, logits, num_iters, backend):
     return get_implementation(backend).backpropagate_projection(grad, logits, num_iters)
 
 
-sinkhorn = _register(
+sinkhorn = register(
     "sinkhorn",
     "(Tensor logits, int num_iters, str backend) -> Tensor",
     _sinkhorn,
     lambda logits, num_iters, backend: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )
-sinkhorn_backward = _register(
+sinkhorn_backward = register(
     "sinkhorn_backward",
     "(Tensor grad, Tensor logits, int num_iters, str backend) -> Tensor",
     _sinkhorn_backward,
@@ -120,22 +121,24 @@ def _fake_coefficients(x, phi, bias, alpha, num_iters, norm_eps, backend):
 
 def _read(x, phi, bias, alpha, num_iters, norm_eps, backend):
     outputs = get_implementation(backend).read(x, phi, bias, alpha, num_iters, norm_eps)
-    return *outputs, _new_link(x)
+    return *outputs, new_link(x)
 
 
-def _fake_read(x, phi, bias, alpha, num_iters, norm_eps, backend):
+def fake_read(x, phi, bias, alpha, num_iters, norm_eps, backend):
+    """What `read` returns, empty."""
     _, *others = _fake_coefficients(x, phi, bias, alpha, num_iters, norm_eps, backend)
-    return x.new_empty(x.shape[0], x.shape[2]), *others, _new_link(x)
+    return x.new_empty(x.shape[0], x.shape[2]), *others, new_link(x)
 
 
-def _new_link(x):
+def new_link(x):
+    """The shape of x, one number of memory: what `read` hands to `write`."""
     return x.new_zeros(1).expand(x.shape)
 
 
-coefficients = _register(
+coefficients = register(
     "coefficients", _READ_ARGUMENTS + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _coefficients, _fake_coefficients
 )
-read = _register("read", _READ_ARGUMENTS + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _read, _fake_read)
+read = register("read", _READ_ARGUMENTS + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _read, fake_read)
 
 
 def _read_backward(
@@ -146,7 +149,7 @@ def _read_backward(
     )
 
 
-read_backward = _register(
+read_backward = register(
     "read_backward",
     "(Tensor x, Tensor phi, Tensor bias, Tensor alpha, Tensor projected, Tensor inv_rms, int num_iters,"
     " Tensor? d_branch_in, Tensor? d_h_pre, Tensor? d_h_post, Tensor? d_h_res, Tensor? d_x_next, str backend)"
@@ -165,7 +168,7 @@ def _save_coefficients(ctx, inputs, output):
 
 
 def _differentiate_coefficients(ctx, d_h_pre, d_h_post, d_h_res, _projected, _inv_rms):
-    grads = (None, _contiguous(d_h_pre), _contiguous(d_h_post), _contiguous(d_h_res), None)
+    grads = (None, contiguous(d_h_pre), contiguous(d_h_post), contiguous(d_h_res), None)
     return *read_backward(*ctx.saved_tensors, ctx.num_iters, *grads, ctx.backend), None, None, None
 
 
@@ -178,7 +181,7 @@ def _save_read(ctx, inputs, output):
 
 
 def _differentiate_read(ctx, d_branch_in, d_h_post, d_h_res, _projected, _inv_rms, d_x_next):
-    grads = (_contiguous(d_branch_in), None, _contiguous(d_h_post), _contiguous(d_h_res), _contiguous(d_x_next))
+    grads = (contiguous(d_branch_in), None, contiguous(d_h_post), contiguous(d_h_res), contiguous(d_x_next))
     return *read_backward(*ctx.saved_tensors, ctx.num_iters, *grads, ctx.backend), None, None, None
 
 
@@ -188,13 +191,13 @@ read.register_autograd(_differentiate_read, setup_context=_save_read)
 
 # ---- H_pre x alone --------------------------------------------------------------------------------------------------
 
-pre = _register(
+pre = register(
     "pre",
     "(Tensor x, Tensor h_pre, str backend) -> Tensor",
     lambda x, h_pre, backend: get_implementation(backend).pre(x, h_pre),
     lambda x, h_pre, backend: x.new_empty(x.shape[0], x.shape[2]),
 )
-pre_backward = _register(
+pre_backward = register(
     "pre_backward",
     "(Tensor x, Tensor h_pre, Tensor d_branch_in, str backend) -> (Tensor, Tensor)",
     lambda x, h_pre, d_branch_in, backend: get_implementation(backend).backpropagate_pre(x, h_pre, d_branch_in),
@@ -216,13 +219,13 @@ pre.register_autograd(_differentiate_pre, setup_context=_save_pre)
 
 # ---- what a site does after its branch ------------------------------------------------------------------------------
 
-post_res = _register(
+post_res = register(
     "post_res",
     "(Tensor x, Tensor branch_out, Tensor h_post, Tensor h_res, str backend) -> Tensor",
     lambda x, branch_out, h_post, h_res, backend: get_implementation(backend).post_res(x, branch_out, h_post, h_res),
     lambda x, branch_out, h_post, h_res, backend: torch.empty_like(x),
 )
-write = _register(
+write = register(
     "write",
     "(Tensor link, Tensor x, Tensor branch_out, Tensor h_post, Tensor h_res, str backend) -> Tensor",
     lambda link, x, branch_out, h_post, h_res, backend: get_implementation(backend).post_res(
@@ -230,7 +233,7 @@ write = _register(
     ),
     lambda link, x, branch_out, h_post, h_res, backend: torch.empty_like(x),
 )
-write_backward = _register(
+write_backward = register(
     "write_backward",
     "(Tensor branch_out, Tensor h_post, Tensor d_x_next, str backend) -> (Tensor, Tensor)",
     lambda branch_out, h_post, d_x_next, backend: get_implementation(backend).backpropagate_write(
@@ -238,7 +241,7 @@ write_backward = _register(
     ),
     lambda branch_out, h_post, d_x_next, backend: (torch.empty_like(branch_out), torch.empty_like(h_post)),
 )
-mix_backward = _register(
+mix_backward = register(
     "mix_backward",
     "(Tensor x, Tensor h_res, Tensor d_x_next, str backend) -> (Tensor, Tensor)",
     lambda x, h_res, d_x_next, backend: get_implementation(backend).backpropagate_mix(x, h_res, d_x_next),
@@ -279,17 +282,17 @@ write.register_autograd(_differentiate_write, setup_context=_save_write)
 
 # ---- after one branch and before the next: the kernels fuse the two -------------------------------------------------
 
-write_read = _register(
+write_read = register(
     "write_read",
     "(Tensor link, Tensor x, Tensor branch_out, Tensor h_post, Tensor h_res, Tensor phi, Tensor bias, Tensor alpha,"
     " int num_iters, float norm_eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda link, x, branch_out, h_post, h_res, phi, bias, alpha, num_iters, norm_eps, backend: (
         *get_implementation(backend).write_read(x, branch_out, h_post, h_res, phi, bias, alpha, num_iters, norm_eps),
-        _new_link(x),
+        new_link(x),
     ),
     lambda link, x, branch_out, h_post, h_res, phi, bias, alpha, num_iters, norm_eps, backend: (
         torch.empty_like(x),
-        *_fake_read(x, phi, bias, alpha, num_iters, norm_eps, backend),
+        *fake_read(x, phi, bias, alpha, num_iters, norm_eps, backend),
     ),
 )
 
@@ -304,7 +307,7 @@ def _save_write_read(ctx, inputs, output):
 
 def _differentiate_write_read(ctx, d_x_next, d_branch_in, d_h_post, d_h_res, _projected, _inv_rms, d_x_after):
     branch_out, h_post, *saved = ctx.saved_tensors
-    grads = (_contiguous(d_branch_in), None, _contiguous(d_h_post), _contiguous(d_h_res), _contiguous(d_x_after))
+    grads = (contiguous(d_branch_in), None, contiguous(d_h_post), contiguous(d_h_res), contiguous(d_x_after))
     d_x, d_phi, d_bias, d_alpha = read_backward(*saved, ctx.num_iters, *grads, ctx.backend)
     # someone outside the two sites read x_next too, a hook that records hidden states for one
     d_x = d_x if d_x_next is None else d_x + d_x_next
@@ -315,5 +318,6 @@ def _differentiate_write_read(ctx, d_x_next, d_branch_in, d_h_post, d_h_res, _pr
 write_read.register_autograd(_differentiate_write_read, setup_context=_save_write_read)
 
 
-def _contiguous(grad: Tensor | None) -> Tensor | None:
+def contiguous(grad: Tensor | None) -> Tensor | None:
+    """A gradient as the backward ops take it; None where there is none."""
     return None if grad is None else grad.contiguous()

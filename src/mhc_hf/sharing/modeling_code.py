@@ -26,8 +26,9 @@ CODE_FILE = f"{_MODULE}.py"
 # in the order of their imports; the last one is there for this file alone
 MODULES = (
     *("ops.reference", "ops.checks", "sharing.torch_backend", "ops.copies", "ops.sinkhorn", "ops.few", "ops.eager"),
-    *("ops.registered", "ops.functional", "modeling.projections", "modeling.starts", "modeling.configuration_mhc"),
-    *("modeling.recompute", "modeling.hyper_connection", "modeling.steps", "modeling.sublayers", "modeling.layer"),
+    *("ops.registered", "ops.normed", "ops.functional", "modeling.projections", "modeling.starts"),
+    *("modeling.configuration_mhc", "modeling.branch_norm", "modeling.handing_on", "modeling.recompute"),
+    *("modeling.hyper_connection", "modeling.steps", "modeling.sublayers", "modeling.layer"),
     *("modeling.hidden_states", "modeling.families", "modeling.modeling_mhc", "sharing.beside_weights"),
 )
 _PACKAGE = __name__.partition(".")[0]
@@ -55,7 +56,7 @@ def generate_modeling_code() -> str:
         sources,
         packages,
         substitutes={"ops.backends": "sharing.torch_backend"},
-        only={"ops.reference": ("rms_normalize", "_compute_dtype")},
+        only={"ops.reference": ("rms_normalize", "weighted_rms_norm", "_compute_dtype")},
         without=("triton", "native"),
     )
     header = _HEADER.format(version=sys.modules[_PACKAGE].__version__)

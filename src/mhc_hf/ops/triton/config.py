@@ -1,4 +1,4 @@
-"""Launch configurations by kernel, n, C, dtype and device: one small table, no autotuning, nothing that depends on T.
+"""Launch configurations by kernel, n, C, dtype and target: one small table, no autotuning, nothing that depends on T.
 
 A configuration is tile sizes (BT tokens, BC or BK channels) and Triton's num_warps and num_stages. A first call
 compiles in seconds; another batch or sequence length compiles nothing, for T never becomes a constant.
@@ -10,8 +10,8 @@ from triton import knobs, next_power_of_2
 # kernel -> for n <= 4, for n > 4: (BT, BC, num_warps, num_stages). memory-bound kernels: 8 channels a thread and stream
 # make a 16-byte load in bf16; where n*n sums a channel live in registers, 4 and 2. matrix units want BT >= 32
 _TILES = {
-    "project": ((64, 64, 4, 3), (64, 32, 4, 2)),
-    "maps_fwd": ((16, 256, 4, 1), (16, 256, 4, 1)),
+    "project": ((64, 32, 4, 2), (32, 16, 4, 1)),
+    "maps_fwd": ((16, 128, 4, 1), (16, 128, 4, 1)),
     "maps_bwd": ((32, 1, 1, 1), (32, 1, 1, 1)),
     "sinkhorn": ((32, 1, 1, 1), (32, 1, 1, 1)),
     "collapse": ((4, 256, 4, 1), (4, 256, 4, 1)),
@@ -20,6 +20,16 @@ _TILES = {
     "dots_bwd": ((4, 128, 4, 1), (4, 64, 4, 1)),
     "streams_bwd": ((16, 64, 8, 1), (16, 16, 8, 1)),
 }
+# float32 and float16 streams are multiplied in float32 or in pieces of it: twice the registers a number, or more
+_WIDE_TILES = {
+    "project": ((64, 16, 4, 2), (32, 16, 4, 1)),
+    "write_project": ((64, 16, 8, 1), (32, 16, 8, 1)),
+    "streams_bwd": ((16, 32, 8, 1), (16, 16, 8, 1)),
+}
+# wavefronts of 64 threads, and 512 registers for each where there are few of them
+_HIP_TILES = {
+    "streams_bwd": ((16, 32, 4, 1), (16, 16, 4, 1)),
+}
 # kernels whose channel tile is an operand of a matrix product: 16 is the least that Triton takes
 _MATRIX_KERNELS = ("project", "write_project", "streams_bwd")
 # programs that keep a large device busy; one number, so that sums are split alike on all devices
@@ -27,18 +37,17 @@ _PROGRAMS = 256
 _MAX_SPLITS = 32
 
 
-def choose_tiles(kernel: str, n: int, num_channels: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
+def choose_tiles(kernel: str, n: int, num_channels: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """Tile sizes, num_warps and num_stages of a kernel for n streams of C channels."""
-    tokens, channels, num_warps, num_stages = _TILES[kernel][0 if n <= 4 else 1]
-    if kernel == "write_project" and dtype == torch.float32:
-        # twice the bytes a number: at BC = 32 the streams of a tile do not fit the registers of sm_90
-        channels = 16
+    tiles = _TILES if dtype == torch.bfloat16 else _TILES | _WIDE_TILES
+    if get_target() == "hip":
+        tiles = tiles | _HIP_TILES
+    tokens, channels, num_warps, num_stages = tiles[kernel][0 if n <= 4 else 1]
     if channels == 1:
         return {"BT": tokens, "num_warps": num_warps, "num_stages": num_stages}
     least = 16 if kernel in _MATRIX_KERNELS else 32
     channels = min(channels, max(least, next_power_of_2(num_channels)))
-    name = "BK" if kernel == "project" else "BC"
-    return {"BT": tokens, name: channels, "num_warps": num_warps, "num_stages": num_stages}
+    return {"BT": tokens, "BC": channels, "num_warps": num_warps, "num_stages": num_stages}
 
 
 def choose_precision(dtype: torch.dtype, target: str) -> dict[str, str]:

@@ -1,7 +1,11 @@
 """The maps of a site from its projections, forward with the branch's input, and backward.
 
-Shapes: T tokens, N streams, C channels, M = (N+2)*N; token-last: partial [SPLITS, M + 1, T] from `project`, projected
+Shapes: T tokens, N streams, C channels, M = (N+2)*N; token-last: partial [SPLITS, ROWS, T] from `project`, projected
 [M, T], inv_rms [T], h_pre [N, T], h_post [N, T], h_res [N, N, T]. x [T, N, C], branch_in [T, C].
+
+With NORM the branch begins with a weighted RMSNorm, which is made here: branch_in = gain * u / rms(u), u = H_pre x,
+gain [C]. rms(u) is known before u is: |u|^2 = H_pre G H_pre, with G the Gram numbers. Kept for backward:
+branch_inv_rms [T], read_dots [N, T], which is <x_i, u> = (G H_pre)_i.
 """
 
 # kernels are Triton, whose tuples grow and whose pointers are not Python's: not for a type checker
@@ -15,19 +19,59 @@ from .sinkhorn import backpropagate_matrix, project_matrix
 
 
 @triton.jit
-def sum_splits(partial_ptr, num_splits, t, exists, T, ROWS: tl.constexpr):
-    """[SPLITS, ROWS, T] summed over the splits in their order, as a tuple of rows."""
-    totals = load_rows(partial_ptr, 0, t, exists, T, ROWS)
+def sum_splits(partial_ptr, num_splits, rows, t, exists, T, COUNT: tl.constexpr):
+    """The first COUNT of [SPLITS, rows, T] summed over the splits in their order, as a tuple."""
+    totals = load_rows(partial_ptr, 0, t, exists, T, COUNT)
     for split in range(1, num_splits):
         sums = ()
-        for k in tl.static_range(ROWS):
-            part = tl.load(partial_ptr + (split * ROWS + k) * T + t, mask=exists, other=0.0)
+        for k in tl.static_range(COUNT):
+            part = tl.load(partial_ptr + (split * rows + k) * T + t, mask=exists, other=0.0)
             sums += (totals[k] + part,)
         totals = sums
     return totals
 
 
-@triton.jit(do_not_specialize=["T", "num_iters", "log_iters", "num_splits"])
+@triton.jit
+def collapse_tile(x_ptr, h_pre, t, c, inside, C, N: tl.constexpr):
+    """A tile of H_pre x, float32."""
+    x = tl.load(x_ptr + (t * N)[:, None] * C + c[None, :], mask=inside, other=0.0)
+    total = h_pre[0][:, None] * x.to(tl.float32)
+    for i in tl.static_range(1, N):
+        x = tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0)
+        total += h_pre[i][:, None] * x.to(tl.float32)
+    return total
+
+
+@triton.jit
+def square_branch_input(x_ptr, h_pre, gram, t, exists, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """|u|^2 and (G H_pre)_i, u = H_pre x, from the Gram numbers.
+
+    Where the streams cancel in u, |u|^2 is a small difference of large Gram numbers. Independent streams give the sum
+    of h_pre_i^2 |x_i|^2; where it is less than a quarter of that, the squares are summed from u itself, in one more
+    sweep.
+    """
+    dots = ()
+    squares = tl.zeros_like(h_pre[0])
+    apart = tl.zeros_like(h_pre[0])
+    for i in tl.static_range(N):
+        dot = tl.zeros_like(h_pre[0])
+        for j in tl.static_range(N):
+            dot += gram[i * (i + 1) // 2 + j if j <= i else j * (j + 1) // 2 + i] * h_pre[j]
+        dots += (dot,)
+        squares += h_pre[i] * dot
+        apart += h_pre[i] * h_pre[i] * gram[i * (i + 1) // 2 + i]
+    cancels = exists & (squares < 0.25 * apart)
+    if tl.max(cancels.to(tl.int32), 0) > 0:
+        summed = tl.zeros((BT, BC), tl.float32)
+        for start in range(0, C, BC):
+            c = start + tl.arange(0, BC)
+            u = collapse_tile(x_ptr, h_pre, t, c, exists[:, None] & (c < C)[None, :], C, N)
+            summed += u * u
+        squares = tl.where(cancels, tl.sum(summed, 1), squares)
+    return squares, dots
+
+
+@triton.jit(do_not_specialize=["T", "num_iters", "log_iters", "num_splits", "rows"])
 def maps_fwd_kernel(
     partial_ptr,
     bias_ptr,
@@ -39,21 +83,30 @@ def maps_fwd_kernel(
     h_post_ptr,
     h_res_ptr,
     branch_in_ptr,
+    gain_ptr,
+    branch_inv_rms_ptr,
+    read_dots_ptr,
     T,
     C,
     num_iters,
     log_iters,
     num_splits,
+    rows,
     norm_eps,
+    gain_eps,
     N: tl.constexpr,
     COLLAPSE: tl.constexpr,
+    NORM: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """All maps of BT tokens; with COLLAPSE also branch_in = H_pre x, h_pre staying on chip. Grid: (T / BT,)."""
+    """All maps of BT tokens; with COLLAPSE also branch_in = H_pre x, normed with NORM, h_pre staying on chip.
+    Grid: (T / BT,).
+    """
     M: tl.constexpr = (N + 2) * N
+    NUM_GRAM: tl.constexpr = N * (N + 1) // 2 if NORM else 0
     t, exists, T = locate_tokens(T, BT)
-    projected = sum_splits(partial_ptr, num_splits, t, exists, T, M + 1)
+    projected = sum_splits(partial_ptr, num_splits, rows, t, exists, T, M + 1 + NUM_GRAM)
     inv_rms = tl.rsqrt(projected[M] / (N * C) + norm_eps)
     tl.store(inv_rms_ptr + t, inv_rms, mask=exists)
 
@@ -72,14 +125,23 @@ def maps_fwd_kernel(
     h_res = project_matrix(logits_res, num_iters, log_iters, N)
     store_rows(h_res_ptr, 0, h_res, t, exists, T, N * N)
 
+    if NORM:
+        gram = ()
+        for k in tl.static_range(NUM_GRAM):
+            gram += (projected[M + 1 + k],)
+        squares, dots = square_branch_input(x_ptr, h_pre, gram, t, exists, C, N, BT, BC)
+        branch_inv_rms = tl.rsqrt(squares / C + gain_eps)
+        tl.store(branch_inv_rms_ptr + t, branch_inv_rms, mask=exists)
+        store_rows(read_dots_ptr, 0, dots, t, exists, T, N)
     if COLLAPSE:
         for start in range(0, C, BC):
             c = start + tl.arange(0, BC)
             inside = exists[:, None] & (c < C)[None, :]
-            total = tl.zeros((BT, BC), tl.float32)
-            for i in tl.static_range(N):
-                x = tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0)
-                total += h_pre[i][:, None] * x.to(tl.float32)
+            total = collapse_tile(x_ptr, h_pre, t, c, inside, C, N)
+            if NORM:
+                # as transformers does it: rounded before the weight, and after
+                total = narrow(total * branch_inv_rms[:, None], branch_in_ptr.dtype.element_ty).to(tl.float32)
+                total *= tl.load(gain_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
             branch_in = narrow(total, branch_in_ptr.dtype.element_ty)
             tl.store(branch_in_ptr + t[:, None] * C + c[None, :], branch_in, mask=inside)
     else:
@@ -97,6 +159,8 @@ def maps_bwd_kernel(
     d_h_post_ptr,
     d_res_dots_ptr,
     d_h_res_ptr,
+    branch_inv_rms_ptr,
+    read_dots_ptr,
     sums_ptr,
     d_logits_ptr,
     d_projected_ptr,
@@ -111,13 +175,16 @@ def maps_bwd_kernel(
     HAS_H_POST: tl.constexpr,
     HAS_RES_DOTS: tl.constexpr,
     HAS_H_RES: tl.constexpr,
+    NORM: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """From gradients of the maps to d_logits [M, T], d_projected [T, M] and weights [T, N*N + N + 1]: h_res and h_pre
-    once more, and what x itself gets through its rms. Gradients of h_pre and h_res come as given, as dots over channels
-    or both. Grid: (T / BT,).
+    """From gradients of the maps to d_logits [M, T], d_projected [T, M] and weights [T, WIDTH]: h_res and h_pre once
+    more, what x itself gets through its rms, and with NORM what the branch's gradient is made of, branch_inv_rms and
+    along u. Gradients of h_pre and h_res come as given, as dots over channels or both; with NORM the dots are with
+    gain * d_branch_in. Grid: (T / BT,).
     """
     M: tl.constexpr = (N + 2) * N
+    WIDTH: tl.constexpr = N * N + N + (3 if NORM else 1)
     t, exists, T = locate_tokens(T, BT)
     inv_rms = tl.load(inv_rms_ptr + t, mask=exists, other=0.0)
     along = tl.zeros_like(inv_rms)
@@ -134,9 +201,20 @@ def maps_bwd_kernel(
         d_res += (grad,)
     d_logits_res, h_res = backpropagate_matrix(d_res, logits_res, sums_ptr, t, exists, T, num_iters, log_iters, N)
     # token-first, unlike all else: the next kernel finds these at constant offsets, which costs it no registers
-    weights_ptr += t * (N * N + N + 1)
+    weights_ptr += t * WIDTH
     for k in tl.static_range(N * N):
         tl.store(weights_ptr + k, h_res[k], mask=exists)
+    if NORM:
+        # du = r g - along_u u, with g = gain * d_branch_in, r = branch_inv_rms, along_u = r^3 <g, u> / C
+        branch_inv_rms = tl.load(branch_inv_rms_ptr + t, mask=exists, other=0.0)
+        along_u = tl.zeros_like(inv_rms)
+        for k in tl.static_range(N):
+            z = tl.load(projected_ptr + k * T + t, mask=exists, other=0.0) * inv_rms
+            h_pre = tl.sigmoid(tl.load(alpha_ptr) * z + tl.load(bias_ptr + k))
+            along_u += h_pre * tl.load(d_pre_dots_ptr + k * T + t, mask=exists, other=0.0)
+        along_u *= branch_inv_rms * branch_inv_rms * branch_inv_rms / C
+        tl.store(weights_ptr + N * N + N + 1, branch_inv_rms, mask=exists)
+        tl.store(weights_ptr + N * N + N + 2, along_u, mask=exists)
 
     for k in tl.static_range(M):
         gate = tl.load(alpha_ptr + (0 if k < N else (1 if k < 2 * N else 2)))
@@ -146,7 +224,11 @@ def maps_bwd_kernel(
             h_pre = tl.sigmoid(gate * z + tl.load(bias_ptr + k))
             tl.store(weights_ptr + N * N + k, h_pre, mask=exists)
             if HAS_PRE_DOTS:
-                d_logit += tl.load(d_pre_dots_ptr + k * T + t, mask=exists, other=0.0)
+                dot = tl.load(d_pre_dots_ptr + k * T + t, mask=exists, other=0.0)
+                if NORM:
+                    read_dot = tl.load(read_dots_ptr + k * T + t, mask=exists, other=0.0)
+                    dot = branch_inv_rms * dot - along_u * read_dot
+                d_logit += dot
             if HAS_H_PRE:
                 d_logit += tl.load(d_h_pre_ptr + k * T + t, mask=exists, other=0.0)
             d_logit = d_logit * h_pre * (1 - h_pre)

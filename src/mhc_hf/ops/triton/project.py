@@ -1,8 +1,8 @@
-"""The projection of a site: phi @ x_vec and the sum of squares of x_vec, from one pass over the streams.
+"""The projection of a site: phi @ x_vec, the sum of squares and the Gram numbers, from one pass over the streams.
 
-Shapes: T tokens, K = N*C numbers a token, M = (N+2)*N rows of phi, MP the power of two above M, SPLITS parts of K that
-are summed later in fixed order. x [T, K] any dtype, phi [M, K] float32, partial [SPLITS, M + 1, T] float32 whose last
-row is the sum of squares. n does not appear: to a projection, streams are one vector.
+Shapes: T tokens, N streams, C channels, M = (N+2)*N rows of phi, MP the power of two above M, SPLITS parts of C that
+are summed later in fixed order. x [T, N, C] any dtype, phi [M, N*C] float32, partial [SPLITS, ROWS, T] float32: M
+projections, the sum of squares, and with GRAM the N*(N+1)/2 numbers <x_i, x_j>, j <= i, at i*(i+1)/2 + j.
 """
 
 # kernels are Triton, whose tuples grow and whose pointers are not Python's: not for a type checker
@@ -14,34 +14,87 @@ import triton.language as tl
 from .language import dot_streams, locate_tokens
 
 
+@triton.jit
+def start_squares(BT: tl.constexpr, N: tl.constexpr, GRAM: tl.constexpr):
+    """Zeros for `add_squares`: the Gram numbers, or the sum of squares alone."""
+    sums = ()
+    for _ in tl.static_range(N * (N + 1) // 2 if GRAM else 1):
+        sums += (tl.zeros((BT,), tl.float32),)
+    return sums
+
+
+@triton.jit
+def add_squares(sums, x, N: tl.constexpr, GRAM: tl.constexpr):
+    """`sums` and the products of a tile of all streams, x a tuple of N [BT, BC]."""
+    result = ()
+    if GRAM:
+        for i in tl.static_range(N):
+            for j in tl.static_range(i + 1):
+                product = tl.sum(x[i].to(tl.float32) * x[j].to(tl.float32), 1)
+                result += (sums[i * (i + 1) // 2 + j] + product,)
+    else:
+        total = x[0].to(tl.float32) * x[0].to(tl.float32)
+        for i in tl.static_range(1, N):
+            total += x[i].to(tl.float32) * x[i].to(tl.float32)
+        result += (sums[0] + tl.sum(total, 1),)
+    return result
+
+
+@triton.jit
+def project_stream(x, phi_ptr, i: tl.constexpr, c, m, C, projected, N: tl.constexpr, PRECISION: tl.constexpr):
+    """projected [BT, MP] plus phi's share of a tile of stream i, x [BT, BC]."""
+    M: tl.constexpr = (N + 2) * N
+    phi = tl.load(
+        phi_ptr + m[None, :] * (N * C) + (i * C + c)[:, None], mask=(m < M)[None, :] & (c < C)[:, None], other=0.0
+    )
+    return dot_streams(x, phi, projected, PRECISION)
+
+
+@triton.jit
+def store_partial(partial_ptr, projected, sums, t, exists, T, m, N: tl.constexpr, GRAM: tl.constexpr):
+    """This split's rows of partial."""
+    M: tl.constexpr = (N + 2) * N
+    ROWS: tl.constexpr = M + 1 + (N * (N + 1) // 2 if GRAM else 0)
+    row = tl.program_id(1).to(tl.int64) * ROWS
+    tl.store(partial_ptr + (row + m)[None, :] * T + t[:, None], projected, mask=exists[:, None] & (m < M)[None, :])
+    squares = sums[0]
+    if GRAM:
+        for i in tl.static_range(1, N):
+            squares += sums[i * (i + 1) // 2 + i]
+        for k in tl.static_range(N * (N + 1) // 2):
+            tl.store(partial_ptr + (row + M + 1 + k) * T + t, sums[k], mask=exists)
+    tl.store(partial_ptr + (row + M) * T + t, squares, mask=exists)
+
+
 @triton.jit(do_not_specialize=["T", "tiles_split"])
 def project_fwd_kernel(
     x_ptr,
     phi_ptr,
     partial_ptr,
     T,
-    K,
+    C,
     tiles_split,
-    M: tl.constexpr,
+    N: tl.constexpr,
     MP: tl.constexpr,
+    GRAM: tl.constexpr,
     BT: tl.constexpr,
-    BK: tl.constexpr,
+    BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (T / BT, SPLITS); a split covers tiles_split tiles of BK numbers."""
+    """Grid: (T / BT, SPLITS); a split covers tiles_split tiles of BC channels of every stream."""
     t, exists, T = locate_tokens(T, BT)
     split = tl.program_id(1)
     m = tl.arange(0, MP)
     projected = tl.zeros((BT, MP), tl.float32)
-    squares = tl.zeros((BT,), tl.float32)
+    sums = start_squares(BT, N, GRAM)
     # whole tiles, or the compiler could not prove a load aligned and would make it number by number
-    for tile in range(split * tiles_split, min(tl.cdiv(K, BK), (split + 1) * tiles_split)):
-        k = tile * BK + tl.arange(0, BK)
-        x = tl.load(x_ptr + t[:, None] * K + k[None, :], mask=exists[:, None] & (k < K)[None, :], other=0.0)
-        phi = tl.load(phi_ptr + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
-        projected = dot_streams(x, phi, projected, PRECISION)
-        wide = x.to(tl.float32)
-        squares += tl.sum(wide * wide, 1)
-    row = split.to(tl.int64) * (M + 1)
-    tl.store(partial_ptr + (row + m)[None, :] * T + t[:, None], projected, mask=exists[:, None] & (m < M)[None, :])
-    tl.store(partial_ptr + (row + M) * T + t, squares, mask=exists)
+    for tile in range(split * tiles_split, min(tl.cdiv(C, BC), (split + 1) * tiles_split)):
+        c = tile * BC + tl.arange(0, BC)
+        inside = exists[:, None] & (c < C)[None, :]
+        x = ()
+        for i in tl.static_range(N):
+            x += (tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0),)
+        for i in tl.static_range(N):
+            projected = project_stream(x[i], phi_ptr, i, c, m, C, projected, N, PRECISION)
+        sums = add_squares(sums, x, N, GRAM)
+    store_partial(partial_ptr, projected, sums, t, exists, T, m, N, GRAM)

@@ -1,7 +1,7 @@
 """Streams mixed and written: x' = H_res x + H_post y, alone and with the next site's projection in the same pass.
 
 Shapes: T tokens, N streams, C channels, M = (N+2)*N, MP the power of two above M. x, out [T, N, C], y [T, C],
-h_post [N, T], h_res [N, N, T], phi [M, N*C], partial [SPLITS, M + 1, T] as in `project`.
+h_post [N, T], h_res [N, N, T], phi [M, N*C], partial [SPLITS, ROWS, T] as in `project`.
 """
 
 # kernels are Triton, whose tuples grow and whose pointers are not Python's: not for a type checker
@@ -10,7 +10,8 @@ h_post [N, T], h_res [N, N, T], phi [M, N*C], partial [SPLITS, M + 1, T] as in `
 import triton
 import triton.language as tl
 
-from .language import dot_streams, load_rows, locate_tokens, narrow
+from .language import load_rows, locate_tokens, narrow
+from .project import add_squares, project_stream, start_squares, store_partial
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -67,19 +68,19 @@ def write_project_kernel(
     tiles_split,
     N: tl.constexpr,
     MP: tl.constexpr,
+    GRAM: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`write_kernel`, and `project_fwd_kernel` of what it wrote. Grid: (T / BT, SPLITS) of tiles_split tiles each."""
-    M: tl.constexpr = (N + 2) * N
     t, exists, T = locate_tokens(T, BT)
     split = tl.program_id(1)
     m = tl.arange(0, MP)
     h_post = load_rows(h_post_ptr, 0, t, exists, T, N)
     h_res = load_rows(h_res_ptr, 0, t, exists, T, N * N)
     projected = tl.zeros((BT, MP), tl.float32)
-    squares = tl.zeros((BT,), tl.float32)
+    sums = start_squares(BT, N, GRAM)
     for tile in range(split * tiles_split, min(tl.cdiv(C, BC), (split + 1) * tiles_split)):
         c = tile * BC + tl.arange(0, BC)
         inside = exists[:, None] & (c < C)[None, :]
@@ -87,6 +88,7 @@ def write_project_kernel(
         x = ()
         for j in tl.static_range(N):
             x += (tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0),)
+        written = ()
         for i in tl.static_range(N):
             total = h_post[i][:, None] * y.to(tl.float32)
             for j in tl.static_range(N):
@@ -94,13 +96,10 @@ def write_project_kernel(
             # what the next site reads is what memory holds, rounded
             out = narrow(total, out_ptr.dtype.element_ty)
             tl.store(out_ptr + (t * N + i)[:, None] * C + c[None, :], out, mask=inside)
-            k = i * C + c
-            phi = tl.load(
-                phi_ptr + m[None, :] * (N * C) + k[:, None], mask=(m < M)[None, :] & (c < C)[:, None], other=0.0
-            )
-            projected = dot_streams(out, phi, projected, PRECISION)
-            wide = out.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-    row = split.to(tl.int64) * (M + 1)
-    tl.store(partial_ptr + (row + m)[None, :] * T + t[:, None], projected, mask=exists[:, None] & (m < M)[None, :])
-    tl.store(partial_ptr + (row + M) * T + t, squares, mask=exists)
+            # changes nothing, and keeps the compiler from mixing in the layout of the product's operands, which holds
+            # every number several times
+            out = tl.where(inside, out, 0.0)
+            projected = project_stream(out, phi_ptr, i, c, m, C, projected, N, PRECISION)
+            written += (out,)
+        sums = add_squares(sums, written, N, GRAM)
+    store_partial(partial_ptr, projected, sums, t, exists, T, m, N, GRAM)

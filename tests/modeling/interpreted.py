@@ -1,0 +1,173 @@
+"""Widened models on the kernels, under Triton's interpreter: prints one JSON object of claims and their figures.
+
+Run with TRITON_INTERPRET=1 by `test_kernels.py`. Taking the variable away for a while gives what a CPU runs.
+"""
+
+import copy
+import json
+import os
+import sys
+from contextlib import contextmanager
+
+import torch
+
+from mhc_hf import HyperConnection, MHCForCausalLM
+from mhc_hf.ops.triton import record
+
+from ..conftest import tiny_model
+
+torch.set_num_threads(1)
+TOKEN_IDS = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+def widen(family="llama", **base):
+    """A tiny model whose maps and norms are away from their start."""
+    model = tiny_model(family, num_hidden_layers=2, hidden_size=36, intermediate_size=48, **base)
+    # two iterations: the interpreter's time is Sinkhorn's
+    widened = MHCForCausalLM.from_base(model, hc_mult=3, hc={"hc_sinkhorn_iters": 2}).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in widened.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            if name.endswith("phi"):
+                parameter.normal_(std=0.05, generator=generator)
+    return widened
+
+
+@contextmanager
+def on_a_cpu():
+    del os.environ["TRITON_INTERPRET"]
+    yield
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def distance(got, want):
+    """Largest relative error over a dictionary of tensors, infinite where the names differ."""
+    if got.keys() != want.keys():
+        return float("inf")
+    return max(((got[k] - want[k]).norm() / want[k].norm().clamp_min(1e-6)).item() for k in want)
+
+
+@torch.no_grad()
+def infer(model):
+    out = model(TOKEN_IDS, output_hidden_states=True)
+    return {"logits": out.logits} | {f"hidden {k}": h for k, h in enumerate(out.hidden_states)}
+
+
+def train(model):
+    """Gradients of every parameter, where the streams between layers are read by somebody else too."""
+    model.train().zero_grad()
+    out = model(TOKEN_IDS, labels=TOKEN_IDS, output_hidden_states=True)
+    (out.loss + out.hidden_states[1].square().mean()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(run, model, plain=None):
+    """[distance of what `run` gives on the kernels from what it, or `plain`, gives without them, kernels launched]."""
+    with on_a_cpu():
+        want = (plain or run)(copy.deepcopy(model))
+    with record.record_launches() as launches:
+        got = run(copy.deepcopy(model))
+    return [distance(got, want), describe(launches)]
+
+
+def describe(launches):
+    return [one.kernel.removesuffix("_kernel") + (" norm" if one.arguments.get("NORM") else "") for one in launches]
+
+
+def with_change(change, run):
+    def changed(model):
+        return run(change(model) or model)
+
+    return changed
+
+
+def steer(model):
+    model.model.layers[0].register_forward_hook(lambda module, args, out: out.add_(0.5))
+
+
+def watch_site(model):
+    model.model.layers[0].ffn_hc.register_forward_pre_hook(lambda module, args: args[0].shape and None)
+
+
+def watch_norm(model):
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def gather_late(model):
+    """As sharding does it: a parameter is empty until its layer's turn comes."""
+    layer = model.model.layers[1]
+    phi, whole = layer.attn_hc.phi, layer.attn_hc.phi.data
+    phi.data = torch.empty(0)
+    layer.register_forward_pre_hook(lambda module, args: setattr(phi, "data", whole))
+
+
+def swap_layers(model):
+    layers = model.model.layers
+    layers[1].collapses, layers[0].collapses = False, False
+    layers.insert(1, copy.deepcopy(layers[1]))
+    layers[2].collapses = True
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = 3
+
+
+def checkpoint(model):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def recompute(model):
+    for module in model.modules():
+        if isinstance(module, HyperConnection):
+            module.recompute = True
+
+
+def adapt(model):
+    from peft import get_peft_model
+
+    from mhc_hf.training import mhc_lora_config
+
+    torch.manual_seed(0)
+    return get_peft_model(model, mhc_lora_config(model, r=2))
+
+
+def compile_whole(model):
+    train(model)  # transformers installs its recording hooks once, and not while a graph is traced
+    model.model.forward = torch.compile(model.model.forward, fullgraph=True, backend="aot_eager")
+
+
+@torch.no_grad()
+def decode(model):
+    """Launches of one cached step, and how far its logits are from those of the whole sequence."""
+    cache = model(TOKEN_IDS[:, :-1], use_cache=True).past_key_values
+    with record.record_launches() as launches:
+        logits = model(TOKEN_IDS[:, -1:], past_key_values=cache).logits[:, -1]
+    with on_a_cpu():
+        want = model(TOKEN_IDS).logits[:, -1]
+    return [distance({"logits": logits}, {"logits": want}), describe(launches)]
+
+
+def main() -> None:
+    """All figures as JSON on standard output."""
+    llama = widen()
+    result = {
+        "inference": compare(infer, llama),
+        "training": compare(train, llama),
+        "decoding": decode(llama),
+        "steered": compare(with_change(steer, infer), llama),
+        "watched site": compare(with_change(watch_site, infer), llama),
+        "watched norm": compare(with_change(watch_norm, infer), llama),
+        "gathered late": compare(with_change(gather_late, infer), llama),
+        "another layer follows": compare(with_change(swap_layers, infer), llama),
+        "checkpointed": compare(with_change(checkpoint, train), llama),
+        "recomputed": compare(with_change(recompute, train), llama),
+        "adapted": compare(with_change(adapt, train), llama),
+        "compiled": compare(with_change(compile_whole, train), llama, plain=train),
+        "another norm": compare(infer, widen("gemma")),
+    }
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
