@@ -149,8 +149,21 @@ def describe(runs: dict[str, list[dict]], args: argparse.Namespace) -> list[str]
         f"The composite forward gain of mHC {'stayed' if stays else 'did not stay'} within [0.9, 1.1] at every look. "
         f"That of HC ended at {', '.join(f'{value:.3g}' for value in hc)}: "
         f"{'above 5 on every seed.' if grows else 'not above 5 on every seed at this size.'}",
+        "",
+        _compare_losses(runs),
     ]
     return lines
+
+
+def _compare_losses(runs: dict[str, list[dict]]) -> str:
+    """Stability is one thing and loss another: which learned more, in words."""
+    loss = {kind: sum(r["validation_loss"] for r in of_kind) / len(of_kind) for kind, of_kind in runs.items()}
+    gaps = ", ".join(f"{kind} {loss[kind] - loss['plain']:+.3f}" for kind in ("HC", "mHC"))
+    best = min(loss, key=loss.__getitem__)
+    return (
+        f"Validation loss less that of the plain model, in nats: {gaps}; {best} has the least. "
+        "A gain need do no harm in a short run of a small model: what this page shows is the gains."
+    )
 
 
 if __name__ == "__main__":
