@@ -3,7 +3,7 @@
 The base, the text and the runs are those of retrofit_study.py. Around the defaults (the base's learning rate, alpha 1)
 one number is changed at a time, for both starts, in full and with LoRA. Written to docs/results/recipe.{md,json,png}.
 
-    python examples/retrofit_recipe.py                                  # about 10 minutes on two CPU cores
+    python examples/retrofit_recipe.py                                  # about 11 minutes of one CPU core
     python examples/retrofit_recipe.py --layers 12 --hidden 768 --pretrain-steps 20000 --steps 2000 --batch 64 \\
         --context 512 --vocabulary 32000 --text corpus.txt
 """

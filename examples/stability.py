@@ -4,7 +4,7 @@ One small decoder is trained from scratch three times on the same tokens with th
 Hyper-Connections (H_res unconstrained) and with mHC (H_res doubly stochastic). Loss, gradient norm and the composite
 gain of H_res over all sites are drawn over steps, and written to docs/results/stability.{md,json,png}.
 
-    python examples/stability.py                                        # about 8 minutes on two CPU cores
+    python examples/stability.py                                        # about 8 minutes of one CPU core
     python examples/stability.py --layers 24 --hidden 512 --steps 4000 --batch 64 --context 512 --vocabulary 32000 \\
         --text corpus.txt
 """
