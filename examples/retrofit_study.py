@@ -5,7 +5,7 @@ widened with the start "copies"; with "orthogonal"; and uniformly, a control bui
 full and with LoRA (hyper-connections trained beside it). Validation loss and spread of the streams are compared, and
 written to docs/results/retrofit.{md,json,png}.
 
-    python examples/retrofit_study.py                                   # about 13 minutes of one CPU core
+    python examples/retrofit_study.py                                   # about 15 minutes of one CPU core
     python examples/retrofit_study.py --layers 12 --hidden 768 --pretrain-steps 20000 --steps 5000 --batch 64 \\
         --context 512 --vocabulary 32000 --text corpus.txt
 """
