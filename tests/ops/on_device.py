@@ -21,8 +21,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-from .interpreted import PUBLIC, compare, compare_alone, on_triton, pass_layer, pass_layer_plainly, run_extremes
-from .sites import make_site, relative_error
+from .interpreted import (
+    PUBLIC,
+    compare,
+    compare_alone,
+    make_normed_site,
+    on_triton,
+    pass_layer,
+    pass_layer_plainly,
+    run_extremes,
+)
+from .sites import relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ODD_SIZES = ((63, 60), (257, 576), (5, 2880), (130, 4096))
@@ -33,7 +42,7 @@ _INPUTS = 3
 
 def draw_site(n, num_channels, num_tokens, dtype, device):
     """A site of fresh random numbers."""
-    site = make_site(n, num_channels, lead=(num_tokens,), dtype=dtype, seed=random.getrandbits(32))
+    site = make_normed_site(n, num_channels, lead=(num_tokens,), dtype=dtype, seed=random.getrandbits(32))
     return {name: tensor.to(device) for name, tensor in site.items()}
 
 

@@ -36,7 +36,7 @@ def test_stages_in_turn_give_the_models_logits_to_the_bit(family, token_ids):
     mask = torch.ones_like(tokens)
     mask[0, :5] = 0
     whole = widened(tokens, attention_mask=mask, use_cache=False).logits
-    if family in CANNOT_BE_CUT or hasattr(widened.model, "embed_norm"):
+    if family in CANNOT_BE_CUT or hasattr(widened.base_model, "embed_norm"):
         with pytest.raises(ValueError, match="FSDP2 or tensor parallelism"):
             split_into_stages(widened, 2)
     else:

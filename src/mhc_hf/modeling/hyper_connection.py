@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, n streams (expansion rate), C channels of one strea
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,27 @@ class Unwritten(NamedTuple):
     x: Tensor
     branch_out: Tensor
     site: SiteRead
+
+
+@dataclass(frozen=True)
+class Joins:
+    """What kernels may join to a site's own passes.
+
+    One object, and no arguments of their own: who moves a module's arguments to its device, as accelerate's hooks do,
+    would move the modules among them.
+
+    Attributes:
+        norm: the first norm of F, where the branch begins after it: one for which `is_llama_norm` holds.
+        defers: the caller gives the answer to the next site as it is, and the write is left to that one.
+        next_site: who is to read the streams in the next layer.
+    """
+
+    norm: nn.Module | None = None
+    defers: bool = False
+    next_site: "HyperConnection | None" = None
+
+
+_NOTHING = Joins()
 
 
 class HyperConnection(nn.Module):
@@ -69,22 +91,15 @@ class HyperConnection(nn.Module):
         streams: Tensor | Unwritten,
         branch: Callable[[Tensor], Tensor],
         checkpointed: bool = False,
-        *,
-        norm: nn.Module | None = None,
-        defers: bool = False,
-        next_site: "HyperConnection | None" = None,
+        joins: Joins = _NOTHING,
     ) -> Tensor | Unwritten:
         """One site, its branch included.
-
-        The keywords say what kernels may join to the site's own passes. Only where kernels run may a site defer.
 
         Args:
             streams: [B, S, n*C], stream-major, or what the site before has deferred.
             branch: F, the sub-layer with its own norms: [B, S, C] -> [B, S, C].
             checkpointed: all of the layer is made again in backward, so that recompute has nothing to save.
-            norm: the first norm of F, where `branch` begins after it: one for which `is_llama_norm` holds.
-            defers: the caller gives the answer to the next site as it is, and the write is left to that one.
-            next_site: who is to read the streams in the next layer, where kernels run.
+            joins: what is joined, where kernels run.
         Returns:
             [B, S, n*C] in the dtype of `streams`; an Unwritten where the site defers.
         """
@@ -92,7 +107,7 @@ class HyperConnection(nn.Module):
             assert isinstance(streams, Tensor)
             x = self._split(streams)  # [B, S, n, C]
             h_pre, h_post, h_res = self.maps(streams)
-            branch_out = self._run(branch, norm, mhc_pre(x, h_pre))
+            branch_out = self._run(branch, joins.norm, mhc_pre(x, h_pre))
             return mhc_post_res(x, branch_out, h_post, h_res).flatten(-2)
         recompute = self.recompute and not checkpointed and self.training and torch.is_grad_enabled()
         is_compiling = torch.compiler.is_compiling()
@@ -100,19 +115,19 @@ class HyperConnection(nn.Module):
             x = self._split(streams)
             block = find_block(streams, x, self.sites_per_block)
             with block.keeping_out(x):
-                x, site, norm = self._read(streams, norm)
+                x, site, norm = self._read(streams, joins.norm)
             branch_out = self._run(branch, norm, site.branch_in)
             block.record(branch_out, site)
             return hand_on(block, site_write(x, branch_out, site).flatten(-2))
-        x, site, norm = self._read(streams, norm)
+        x, site, norm = self._read(streams, joins.norm)
         branch_out = self._run(branch, norm, site.branch_in)
-        if defers and not recompute:
+        if joins.defers and not recompute:
             return Unwritten(x, branch_out, site)
         if recompute and is_compiling and (self.site + 1) % self.sites_per_block != 0:
             return write_anew(x, branch_out, site).flatten(-2)
-        if next_site is None:
+        if joins.next_site is None:
             return site_write(x, branch_out, site).flatten(-2)
-        return write_ahead(x, branch_out, site, next_site)
+        return write_ahead(x, branch_out, site, joins.next_site)
 
     def _read(self, streams: Tensor | Unwritten, norm: nn.Module | None) -> tuple[Tensor, SiteRead, nn.Module | None]:
         """The streams [B, S, n, C], what the site reads of them, and the norm unless it is applied already."""

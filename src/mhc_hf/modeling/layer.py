@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..ops.backends import runs_on_triton
 from .branch_norm import is_hooked, is_llama_norm
 from .configuration_mhc import MHCConfig
-from .hyper_connection import HyperConnection, Unwritten
+from .hyper_connection import HyperConnection, Joins, Unwritten
 from .steps import Chain, Context, Form, resolve, run_chain
 
 
@@ -80,9 +80,8 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         x = widen_streams(hidden_states, self.hc_mult) if self.widens else hidden_states
         checkpointed = self.gradient_checkpointing and self.training
         for site, chain in self.chains.items():
-            norm, steps = self._split_norm(site, chain)
-            branch = partial(self._branch, steps, context)
-            x = getattr(self, site)(x, branch, checkpointed, norm=norm, **self._join(site, x))
+            steps, joins = self._join(site, chain, x)
+            x = getattr(self, site)(x, partial(self._branch, steps, context), checkpointed, joins)
         if self.stream_scale is not None:
             x = x * getattr(self, self.stream_scale)
         if self.collapses:
@@ -96,21 +95,18 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         if self.stream_scale is None and not self.collapses:
             self._next_site = (getattr(layer, next(iter(layer.chains))),)
 
-    def _join(self, site: str, x: Tensor | Unwritten) -> dict[str, Any]:
-        """What a site may leave to the next one, or do for it, where kernels run."""
+    def _join(self, site: str, chain: Chain, x: Tensor | Unwritten) -> tuple[Chain, Joins]:
+        """The steps of a site's branch, and what the site may do besides where kernels run."""
         if isinstance(x, Tensor) and not runs_on_triton(x, self.hc_mult):
-            return {}
-        *_, last = self.chains
-        if site == last:
-            return {"next_site": self._next_site[0]} if self._next_site else {}
-        # a hook on a site is to see streams that are written
-        return {"defers": not any(is_hooked(getattr(self, site)) for site in self.chains)}
-
-    def _split_norm(self, site: str, chain: Chain) -> tuple[nn.Module | None, Chain]:
-        """The norm that a site may apply itself, and the steps after it; None and all the steps where there is none."""
+            return chain, Joins()
         kind = self.leading_norms[site]
         norm = None if kind is None else getattr(self, str(chain[0]))
-        return (norm, chain[1:]) if type(norm) is kind else (None, chain)
+        steps, norm = (chain[1:], norm) if type(norm) is kind else (chain, None)
+        *_, last = self.chains
+        if site == last:
+            return steps, Joins(norm, next_site=self._next_site[0] if self._next_site else None)
+        # a hook on a site is to see streams that are written
+        return steps, Joins(norm, defers=not any(is_hooked(getattr(self, name)) for name in self.chains))
 
     def _branch(self, chain: Chain, context: Context, branch_in: Tensor) -> Tensor:
         """F of one site. [B, S, C] -> [B, S, C]"""
