@@ -4,8 +4,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+QUANTIZERS := $(VENV)/quantizers
 
-.PHONY: demo test lint bench bench-gpu demo-clean clean
+.PHONY: demo test test-quantized lint bench bench-gpu demo-clean clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +20,10 @@ demo: $(INSTALLED)  ## the main job end to end: train a small LLaMA, widen it, v
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-quantized: $(INSTALLED)  ## the tests of quantised bases, with quantisers that nothing else needs beside the environment
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(QUANTIZERS) "torchao>=0.18" "bitsandbytes>=0.50"
+	PYTHONPATH=$(QUANTIZERS) $(BIN)/python -m pytest tests/modeling/test_quantized.py tests/training/test_quantized.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
