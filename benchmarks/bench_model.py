@@ -306,16 +306,16 @@ def print_results(report: dict[str, Any]) -> None:
         for name, row in report.get(kind, {}).items():
             ratio = row["of_base"]
             times = format_spread(row["median_ms"], row["quartiles_ms"])
-            print(f"{title:26}{name:22}{times:>30}{format_spread(ratio['median'], ratio['quartiles']):>22} of base")
+            print(f"{title:26}{name:30}{times:>26}{format_spread(ratio['median'], ratio['quartiles']):>22} of base")
     for name, row in report["memory"].items():
         if row["peak_bytes"]:
             peak = f"{row['peak_bytes'] / 2**20:.0f}"
-            print(f"{'peak beyond weights, MiB':26}{name:22}{peak:>30}{row['of_base']:>22.2f} of base")
+            print(f"{'peak beyond weights, MiB':26}{name:30}{peak:>26}{row['of_base']:>22.2f} of base")
     for batch, rows in report["decode"].items():
         for name, row in rows.items():
             ratio, title = row["of_base"], f"tokens a second, batch {batch}"
             speed = f"{row['tokens_per_s']:.1f}"
-            print(f"{title:26}{name:22}{speed:>30}{format_spread(ratio['median'], ratio['quartiles']):>22} of base")
+            print(f"{title:26}{name:30}{speed:>26}{format_spread(ratio['median'], ratio['quartiles']):>22} of base")
 
 
 if __name__ == "__main__":
