@@ -134,7 +134,7 @@ def frame(axes: Any, groups: list[str], title: str) -> None:
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.axhline(1, color="black", linewidth=0.7, alpha=0.6)
-    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
+    axes.set_ylim(0, 1.45 * axes.get_ylim()[1])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
