@@ -104,6 +104,8 @@ def main() -> None:
     if first:
         tokenizer.save_pretrained(args.output)
         print(f"{args.output}: AutoModelForCausalLM.from_pretrained({args.output!r}) after `import mhc_hf`")
+    # a rank that leaves while another still talks to it can take that one down
+    dist.barrier()
     dist.destroy_process_group()
 
 

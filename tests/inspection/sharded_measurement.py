@@ -25,4 +25,6 @@ for model in (whole, sharded):
     by_site = summarize(recording, measure_gradients(model)).by_site()
     if torch.distributed.get_rank() == 0:
         print(json.dumps(by_site))
+# a rank that leaves while another still talks to it can take that one down
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()

@@ -33,4 +33,6 @@ for engine, options in engines.items():
     (entry,) = [entry for entry in trainer.state.log_history if "streams/spread" in entry]
     if dist.get_rank() == 0:
         print(json.dumps({"engine": engine, "wrapped": type(trainer.model_wrapped).__name__, "entry": entry}))
+# a rank that leaves while another still talks to it can take that one down
+dist.barrier()
 dist.destroy_process_group()

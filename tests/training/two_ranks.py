@@ -253,6 +253,8 @@ def main():
             "changed": observe_loads(start.parent),
         }
         (start.parent / f"seen-{dist.get_rank()}.json").write_text(json.dumps(seen))
+    # a rank that leaves while another still talks to it can take that one down
+    dist.barrier()
     dist.destroy_process_group()
 
 
