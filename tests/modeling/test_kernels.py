@@ -1,12 +1,8 @@
 """A widened model on the kernels computes what it does on a CPU, whoever watches or wraps it."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from ..interpreter import run_interpreted
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -18,15 +14,7 @@ SITE_BACKWARD = ["collapse", "dots_bwd norm", "maps_bwd norm", "streams_bwd norm
 
 @pytest.fixture(scope="module")
 def figures():
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.modeling.interpreted"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout[result.stdout.index("{") :])
+    return run_interpreted("tests.modeling.interpreted")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,8 @@
 """The kernels against the float64 reference, run by Triton's interpreter in a process of their own."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from ..interpreter import run_interpreted
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -18,15 +14,7 @@ OPS = [f"{name} n=3" for name in ("sinkhorn_knopp", "mhc_coefficients", "mhc_pre
 
 @pytest.fixture(scope="module")
 def figures():
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.ops.interpreted"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout[result.stdout.index("{") :])
+    return run_interpreted("tests.ops.interpreted")
 
 
 @pytest.mark.parametrize("case", LAYERS + OPS)
