@@ -19,16 +19,65 @@ from .sinkhorn import backpropagate_matrix, project_matrix
 
 
 @triton.jit
-def sum_splits(partial_ptr, num_splits, rows, t, exists, T, COUNT: tl.constexpr):
-    """The first COUNT of [SPLITS, rows, T] summed over the splits in their order, as a tuple."""
-    totals = load_rows(partial_ptr, 0, t, exists, T, COUNT)
-    for split in range(1, num_splits):
-        sums = ()
-        for k in tl.static_range(COUNT):
-            part = tl.load(partial_ptr + (split * rows + k) * T + t, mask=exists, other=0.0)
-            sums += (totals[k] + part,)
-        totals = sums
-    return totals
+def sum_splits(partial_ptr, totals_ptr, num_splits, rows, t, exists, T, COUNT: tl.constexpr):
+    """The first COUNT of [SPLITS, rows, T] summed over the splits in their order, as a tuple.
+
+    Threads that each summed all rows would do so many times over. So they share the rows, and meet in totals [rows, T],
+    to which all programs of the same tokens write the same; one split needs no sum, and its totals are partial itself.
+    """
+    # loads of several splits wait for memory together; as many as registers hold
+    AT_ONCE: tl.constexpr = 8 if COUNT <= 64 else 4
+    if num_splits > 1:
+        row = tl.arange(0, triton.next_power_of_2(COUNT))
+        place = row[:, None] * T + t[None, :]
+        inside = (row < COUNT)[:, None] & exists[None, :]
+        total = tl.load(partial_ptr + place, mask=inside, other=0.0)
+        for first in range(1, num_splits, AT_ONCE):
+            parts = ()
+            for k in tl.static_range(AT_ONCE):
+                there = inside & (tl.full((1, 1), first + k, tl.int32) < num_splits)
+                parts += (tl.load(partial_ptr + (first + k) * rows * T + place, mask=there, other=0.0),)
+            for k in tl.static_range(AT_ONCE):
+                total += parts[k]
+        tl.store(totals_ptr + place, total, mask=inside)
+        tl.debug_barrier()
+    return load_rows(totals_ptr, 0, t, exists, T, COUNT)
+
+
+@triton.jit
+def make_logit(projected, inv_rms, alpha_ptr, bias_ptr, k: tl.constexpr, N: tl.constexpr):
+    """Row k of the logits."""
+    gate = tl.load(alpha_ptr + (0 if k < N else (1 if k < 2 * N else 2)))
+    return gate * (projected * inv_rms) + tl.load(bias_ptr + k)
+
+
+@triton.jit
+def store_maps(
+    projected,
+    inv_rms,
+    alpha_ptr,
+    bias_ptr,
+    projected_ptr,
+    h_post_ptr,
+    h_res_ptr,
+    t,
+    exists,
+    T,
+    num_iters,
+    log_iters,
+    N: tl.constexpr,
+):
+    """H_post and H_res of M projections, and these themselves."""
+    M: tl.constexpr = (N + 2) * N
+    store_rows(projected_ptr, 0, projected, t, exists, T, M)
+    for k in tl.static_range(N):
+        logit = make_logit(projected[N + k], inv_rms, alpha_ptr, bias_ptr, N + k, N)
+        tl.store(h_post_ptr + k * T + t, 2 * tl.sigmoid(logit), mask=exists)
+    logits_res = ()
+    for k in tl.static_range(2 * N, M):
+        logits_res += (make_logit(projected[k], inv_rms, alpha_ptr, bias_ptr, k, N),)
+    h_res = project_matrix(logits_res, num_iters, log_iters, N)
+    store_rows(h_res_ptr, 0, h_res, t, exists, T, N * N)
 
 
 @triton.jit
@@ -71,9 +120,10 @@ def square_branch_input(x_ptr, h_pre, gram, t, exists, C, N: tl.constexpr, BT: t
     return squares, dots
 
 
-@triton.jit(do_not_specialize=["T", "num_iters", "log_iters", "num_splits", "rows"])
+@triton.jit(do_not_specialize=["T", "num_iters", "log_iters", "num_splits", "rows", "tiles_part"])
 def maps_fwd_kernel(
     partial_ptr,
+    totals_ptr,
     bias_ptr,
     alpha_ptr,
     x_ptr,
@@ -92,6 +142,7 @@ def maps_fwd_kernel(
     log_iters,
     num_splits,
     rows,
+    tiles_part,
     norm_eps,
     gain_eps,
     N: tl.constexpr,
@@ -101,41 +152,49 @@ def maps_fwd_kernel(
     BC: tl.constexpr,
 ):
     """All maps of BT tokens; with COLLAPSE also branch_in = H_pre x, normed with NORM, h_pre staying on chip.
-    Grid: (T / BT,).
+
+    Grid: (T / BT, PARTS). A part collapses tiles_part tiles of BC channels; every one makes its h_pre again, and the
+    last one writes the numbers a token. Where there are several, that one has no channels: H_res takes its time.
     """
     M: tl.constexpr = (N + 2) * N
     NUM_GRAM: tl.constexpr = N * (N + 1) // 2 if NORM else 0
     t, exists, T = locate_tokens(T, BT)
-    projected = sum_splits(partial_ptr, num_splits, rows, t, exists, T, M + 1 + NUM_GRAM)
+    part = tl.program_id(1)
+    is_last = part == tl.num_programs(1) - 1
+    projected = sum_splits(partial_ptr, totals_ptr, num_splits, rows, t, exists, T, M + 1 + NUM_GRAM)
     inv_rms = tl.rsqrt(projected[M] / (N * C) + norm_eps)
-    tl.store(inv_rms_ptr + t, inv_rms, mask=exists)
-
     h_pre = ()
-    logits_res = ()
-    for k in tl.static_range(M):
-        tl.store(projected_ptr + k * T + t, projected[k], mask=exists)
-        gate = tl.load(alpha_ptr + (0 if k < N else (1 if k < 2 * N else 2)))
-        logit = gate * (projected[k] * inv_rms) + tl.load(bias_ptr + k)
-        if k < N:
-            h_pre += (tl.sigmoid(logit),)
-        elif k < 2 * N:
-            tl.store(h_post_ptr + (k - N) * T + t, 2 * tl.sigmoid(logit), mask=exists)
-        else:
-            logits_res += (logit,)
-    h_res = project_matrix(logits_res, num_iters, log_iters, N)
-    store_rows(h_res_ptr, 0, h_res, t, exists, T, N * N)
-
+    for k in tl.static_range(N):
+        h_pre += (tl.sigmoid(make_logit(projected[k], inv_rms, alpha_ptr, bias_ptr, k, N)),)
+    if is_last:
+        tl.store(inv_rms_ptr + t, inv_rms, mask=exists)
+        store_maps(
+            projected,
+            inv_rms,
+            alpha_ptr,
+            bias_ptr,
+            projected_ptr,
+            h_post_ptr,
+            h_res_ptr,
+            t,
+            exists,
+            T,
+            num_iters,
+            log_iters,
+            N,
+        )
     if NORM:
         gram = ()
         for k in tl.static_range(NUM_GRAM):
             gram += (projected[M + 1 + k],)
         squares, dots = square_branch_input(x_ptr, h_pre, gram, t, exists, C, N, BT, BC)
         branch_inv_rms = tl.rsqrt(squares / C + gain_eps)
-        tl.store(branch_inv_rms_ptr + t, branch_inv_rms, mask=exists)
-        store_rows(read_dots_ptr, 0, dots, t, exists, T, N)
+        if is_last:
+            tl.store(branch_inv_rms_ptr + t, branch_inv_rms, mask=exists)
+            store_rows(read_dots_ptr, 0, dots, t, exists, T, N)
     if COLLAPSE:
-        for start in range(0, C, BC):
-            c = start + tl.arange(0, BC)
+        for tile in range(part * tiles_part, min(tl.cdiv(C, BC), (part + 1) * tiles_part)):
+            c = tile * BC + tl.arange(0, BC)
             inside = exists[:, None] & (c < C)[None, :]
             total = collapse_tile(x_ptr, h_pre, t, c, inside, C, N)
             if NORM:

@@ -87,8 +87,13 @@ def compute_maps(
     first = x.new_empty(num_tokens, num_channels) if collapses else partial.new_empty(n, num_tokens)
     normed = () if gain is None else (partial.new_empty(num_tokens), partial.new_empty(n, num_tokens))
     branch_inv_rms, read_dots = normed or (None, None)
+    tiles = config.choose_tiles("maps_fwd", n, num_channels, x.dtype)
+    num_blocks, parts, tiles_part = cdiv(num_tokens, tiles["BT"]), 1, 0
+    if collapses:
+        parts, tiles_part = config.split_work(num_channels, tiles["BC"], num_blocks, num_channels)
     arguments = {
         "partial_ptr": partial,
+        "totals_ptr": partial if len(partial) == 1 else torch.empty_like(partial[0]),
         "bias_ptr": bias,
         "alpha_ptr": alpha,
         "x_ptr": x if collapses else None,
@@ -106,12 +111,14 @@ def compute_maps(
         **count_iters(n, num_iters),
         "num_splits": len(partial),
         "rows": partial.shape[1],
+        "tiles_part": tiles_part,
         "norm_eps": norm_eps,
         "gain_eps": gain_eps,
     }
-    tiles = config.choose_tiles("maps_fwd", n, num_channels, x.dtype)
     constants = {"N": n, "COLLAPSE": collapses, "NORM": gain is not None}
-    run_kernel(maps.maps_fwd_kernel, (cdiv(num_tokens, tiles["BT"]),), arguments, constants | tiles)
+    # one more for H_res, where channels are shared
+    grid = (num_blocks, parts if parts == 1 else parts + 1)
+    run_kernel(maps.maps_fwd_kernel, grid, arguments, constants | tiles)
     return first, h_post, h_res, projected, inv_rms, *normed
 
 
