@@ -38,6 +38,7 @@ def write_and_project(
     x_next = torch.empty_like(x)
     tiles = config.choose_tiles("write_project", x.shape[1], x.shape[2], x.dtype)
     arguments, constants, grid = _plan_projection(x, phi, gram, tiles)
+    constants["REORDER"] = config.can_reorder(tiles, x.dtype)
     written = {"x_ptr": x, "y_ptr": branch_out, "h_post_ptr": h_post, "h_res_ptr": h_res, "out_ptr": x_next}
     run_kernel(write.write_project_kernel, grid, written | arguments, constants | tiles)
     return x_next, arguments["partial_ptr"]
