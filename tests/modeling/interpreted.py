@@ -7,22 +7,26 @@ import copy
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_hf import HyperConnection, MHCForCausalLM
-from mhc_hf.ops.triton import record
+from mhc_hf.ops.triton import passes, record
 
 from ..conftest import tiny_model
 
 torch.set_num_threads(1)
+SCALED = dict(layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=0, per_layer_config={})
 TOKEN_IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
 def widen(family="llama", **base):
     """A tiny model whose maps and norms are away from their start."""
-    model = tiny_model(family, num_hidden_layers=2, hidden_size=36, intermediate_size=48, **base)
+    model = tiny_model(family, **(dict(num_hidden_layers=2, hidden_size=36, intermediate_size=48) | base))
     # two iterations: the interpreter's time is Sinkhorn's
     widened = MHCForCausalLM.from_base(model, hc_mult=3, hc={"hc_sinkhorn_iters": 2}).eval()
     generator = torch.Generator().manual_seed(0)
@@ -55,6 +59,11 @@ def infer(model):
     return {"logits": out.logits} | {f"hidden {k}": h for k, h in enumerate(out.hidden_states)}
 
 
+@torch.inference_mode()
+def infer_in_inference_mode(model):
+    return {name: tensor.clone() for name, tensor in infer(model).items()}
+
+
 def train(model):
     """Gradients of every parameter, where the streams between layers are read by somebody else too."""
     model.train().zero_grad()
@@ -70,6 +79,20 @@ def compare(run, model, plain=None):
     with record.record_launches() as launches:
         got = run(copy.deepcopy(model))
     return [distance(got, want), describe(launches)]
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that launch something."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("empty", "new_empty", "empty_like", "_unsafe_view"):
+            self.operations[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def describe(launches):
@@ -89,6 +112,15 @@ def steer(model):
 
 def watch_site(model):
     model.model.layers[0].ffn_hc.register_forward_pre_hook(lambda module, args: args[0].shape and None)
+
+
+def watch_first_site(model):
+    model.model.layers[0].attn_hc.register_forward_pre_hook(lambda module, args: args[0].shape and None)
+
+
+def watch_last_site(model):
+    """Whoever watches it sees streams, and may change them."""
+    model.model.layers[-1].ffn_hc.register_forward_hook(lambda module, args, out: out * torch.linspace(1, 2, 108))
 
 
 def watch_norm(model):
@@ -148,6 +180,20 @@ def decode(model):
     return [distance({"logits": logits}, {"logits": want}), describe(launches)]
 
 
+@torch.no_grad()
+def count_added_operations(model):
+    """{operation: how many more of it a decoding step makes than the base's}, but for views and fresh memory."""
+    counts = []
+    for one in (tiny_model("llama", num_hidden_layers=2, hidden_size=36, intermediate_size=48), model):
+        cache = one(TOKEN_IDS[:, :-1], use_cache=True).past_key_values
+        # not the interpreter's own operations
+        with patch.object(passes, "run_kernel"), Counting() as counting:
+            one(TOKEN_IDS[:, -1:], past_key_values=cache)
+        counts.append(counting.operations)
+    base, widened = counts
+    return {name: number - base[name] for name, number in widened.items() if number > base[name]}
+
+
 def main() -> None:
     """All figures as JSON on standard output."""
     llama = widen()
@@ -155,6 +201,14 @@ def main() -> None:
         "inference": compare(infer, llama),
         "training": compare(train, llama),
         "decoding": decode(llama),
+        "operations added": count_added_operations(llama),
+        "one layer": compare(infer, widen(num_hidden_layers=1)),
+        "one site a layer": compare(infer, widen("cohere")),
+        "scaled streams": compare(infer, widen("gemma4_text", **SCALED)),
+        "inference mode": compare(infer_in_inference_mode, llama),
+        "adapted inference": compare(with_change(adapt, infer), llama),
+        "watched last site": compare(with_change(watch_last_site, infer), llama),
+        "watched first site": compare(with_change(watch_first_site, infer), llama),
         "steered": compare(with_change(steer, infer), llama),
         "watched site": compare(with_change(watch_site, infer), llama),
         "watched norm": compare(with_change(watch_norm, infer), llama),

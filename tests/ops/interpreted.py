@@ -10,7 +10,8 @@ import sys
 
 import torch
 
-from mhc_hf.ops import normed, reference, registered
+from mhc_hf.modeling.layer import collapse_streams
+from mhc_hf.ops import functional, normed, reference, registered
 from mhc_hf.ops.functional import BranchNorm
 from mhc_hf.ops.triton import config, record
 
@@ -141,6 +142,41 @@ def tell_direction():
     return [relative_error(got, (matrix @ x).double()) for matrix in (h_res, h_res.mT)]
 
 
+@torch.no_grad()
+def widen_and_compare(n, num_channels, dtype):
+    """Widening with the first site's projections: whether it copies, and the errors of a read, and of a plain one."""
+    site = make_normed_site(n, num_channels, lead=(2, 19), dtype=dtype)
+    hidden, parameters = site["x"][..., 0, :], [site[name] for name in ("phi", "bias", "alpha")]
+    x, projections = functional.widen_project(hidden, n, parameters[0])
+    norm = BranchNorm(site["gain"], 1e-6)
+    errors = []
+    for keywords in ({}, {"branch_norm": norm}):
+        got = functional.site_read_projected(x, projections, *parameters[1:], num_iters=4, **keywords)
+        want, *maps = reference.mhc_pre_branch(x.double(), *(p.double() for p in parameters), num_iters=4)
+        plain = on_triton.site_read(x, *parameters, num_iters=4, **keywords)
+        if keywords:
+            want = reference.weighted_rms_norm(want, norm.weight.double())
+        pairs = zip(plain[:3], got[:3], (want, *(h.flatten(0, 1).movedim(0, -1) for h in maps)), strict=True)
+        errors += [[relative_error(ours, exact), relative_error(other, exact)] for other, ours, exact in pairs]
+    return [torch.equal(x, hidden.unsqueeze(-2).expand_as(x)), errors]
+
+
+@torch.no_grad()
+def collapse_and_compare(n, num_channels, dtype):
+    """A write of the mean alone: its distance from write and mean in turn in units, and whether copies stay copies."""
+    site = make_site(n, num_channels, lead=(2, 19), dtype=dtype)
+    x, parameters = site["x"], [site[name] for name in ("phi", "bias", "alpha")]
+    read = on_triton.site_read(x, *parameters, num_iters=4)
+    want = collapse_streams(on_triton.site_write(x, site["branch_out"], read).flatten(-2), n)
+    got = functional.site_write_collapse(x, site["branch_out"], read)
+    unit = (got.double() - want.double()).abs() / want.double().abs().clamp_min(1e-3) / torch.finfo(dtype).eps
+    copies = x[..., :1, :].expand_as(x).contiguous()
+    read = read._replace(h_post=torch.ones_like(read.h_post), h_res=torch.full_like(read.h_res, 1 / n))
+    written = on_triton.site_write(copies, site["branch_out"], read)
+    same = torch.equal(functional.site_write_collapse(copies, site["branch_out"], read), written[..., 0, :])
+    return [unit.max().item(), same]
+
+
 def main() -> None:
     """All figures as JSON on standard output."""
     result = {}
@@ -161,6 +197,9 @@ def main() -> None:
         got, want = differentiate(few, site), differentiate(pass_by_reference, widen(site))
         finite = all(bool(torch.isfinite(value).all()) for value in got.values())
         result[f"extreme: {name}"] = [relative_error(got["out0"], want["out0"]), finite]
+    for n, num_channels, dtype in ((2, 33, torch.float32), (4, 60, torch.bfloat16), (7, 60, torch.float16)):
+        result[f"widened n={n}"] = widen_and_compare(n, num_channels, dtype)
+        result[f"collapsed n={n}"] = collapse_and_compare(n, num_channels, dtype)
     result["direction"] = tell_direction()
     for name in PUBLIC:
         result[f"{name} n=3"] = compare_alone(name, make_site(3, 33, lead=(2, 5)))

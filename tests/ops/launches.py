@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhc_hf.ops.triton import collapse, config, launch, maps, project, read_backward, record, sinkhorn, write
+from mhc_hf.ops.triton import collapse, config, ends, launch, maps, project, read_backward, record, sinkhorn, write
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,7 +30,7 @@ TARGETS = {
 }
 _KERNELS = {
     name: kernel
-    for module in (collapse, maps, project, read_backward, sinkhorn, write)
+    for module in (collapse, ends, maps, project, read_backward, sinkhorn, write)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
@@ -72,6 +72,8 @@ def record_ops(n: int, num_channels: int, dtype: torch.dtype, num_tokens: int = 
         "mix backward": lambda: launch.backpropagate_mix(x, h_res, x),
         "write_read": lambda: launch.write_read(x, branch, h, h_res, *parameters, 20, 1e-6),
         "write_project": lambda: launch.write_project(x, branch, h, h_res, phi, True),
+        "widen_project": lambda: launch.widen_project(branch, n, phi, True),
+        "write_collapse": lambda: launch.write_collapse(x, branch, h, h_res),
         "read_projected": lambda: launch.read_projected(numbers(1, m + 1, num_tokens), x, bias, alpha, 20, 1e-6),
         "read_normed": lambda: launch.read(x, *parameters, 20, 1e-6, *norm),
         "read_normed backward": lambda: launch.backpropagate_read(

@@ -25,6 +25,22 @@ def test_values_and_all_gradients_match_float64(figures, case):
         assert error <= bound, (name, error, bound)
 
 
+@pytest.mark.parametrize("n", [2, 4, 7])
+def test_hidden_states_are_widened_to_copies_and_projected_as_well_as_from_memory(figures, n):
+    copies, errors = figures[f"widened n={n}"]
+    assert copies
+    for error, plain_error in errors:
+        assert error <= max(1.5 * plain_error, 2e-6), (error, plain_error)
+
+
+@pytest.mark.parametrize("n", [2, 4, 7])
+def test_the_mean_of_the_last_streams_is_that_of_streams_that_were_written(figures, n):
+    units, copies_stay_copies = figures[f"collapsed n={n}"]
+    # 1/7 is rounded, and a mean is divided by 7 on a CPU
+    assert units <= (1 if n == 7 else 0)
+    assert copies_stay_copies
+
+
 def test_streams_that_cancel_are_normed_as_well_as_by_the_plain_formula(figures):
     # |u| is 3e-3 of |x| here: Gram numbers alone would give 40 times the plain formula's error (docs/kernels.md)
     for name, (error, plain_error) in figures["opposed streams"].items():

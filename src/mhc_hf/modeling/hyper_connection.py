@@ -13,13 +13,27 @@ from transformers import initialization as init
 
 from ..ops import mhc_post_res, mhc_pre
 from ..ops.backends import runs_on_triton
-from ..ops.functional import SiteRead, site_read, site_read_projected, site_write, site_write_read
+from ..ops.functional import (
+    SiteRead,
+    joins_ahead,
+    site_read,
+    site_read_projected,
+    site_write,
+    site_write_collapse,
+    site_write_read,
+)
 from .branch_norm import take_norm
 from .configuration_mhc import MHCConfig
 from .handing_on import take_projections, write_ahead
 from .projections import compute_maps
 from .recompute import default_block_layers, find_block, hand_on, write_anew
 from .starts import STARTS, bias_of
+
+
+class Collapsed(NamedTuple):
+    """The mean of the streams after the last site, [B, S, C]; they themselves have not been written."""
+
+    mean: Tensor
 
 
 class Unwritten(NamedTuple):
@@ -41,11 +55,13 @@ class Joins:
         norm: the first norm of F, where the branch begins after it: one for which `is_llama_norm` holds.
         defers: the caller gives the answer to the next site as it is, and the write is left to that one.
         next_site: who is to read the streams in the next layer.
+        collapses: the caller wants the mean of the streams and nothing else.
     """
 
     norm: nn.Module | None = None
     defers: bool = False
     next_site: "HyperConnection | None" = None
+    collapses: bool = False
 
 
 _NOTHING = Joins()
@@ -92,7 +108,7 @@ class HyperConnection(nn.Module):
         branch: Callable[[Tensor], Tensor],
         checkpointed: bool = False,
         joins: Joins = _NOTHING,
-    ) -> Tensor | Unwritten:
+    ) -> Tensor | Unwritten | Collapsed:
         """One site, its branch included.
 
         Args:
@@ -101,7 +117,7 @@ class HyperConnection(nn.Module):
             checkpointed: all of the layer is made again in backward, so that recompute has nothing to save.
             joins: what is joined, where kernels run.
         Returns:
-            [B, S, n*C] in the dtype of `streams`; an Unwritten where the site defers.
+            [B, S, n*C] in the dtype of `streams`; an Unwritten where the site defers, a Collapsed where it collapses.
         """
         if self.projection != "sinkhorn":
             assert isinstance(streams, Tensor)
@@ -125,6 +141,8 @@ class HyperConnection(nn.Module):
             return Unwritten(x, branch_out, site)
         if recompute and is_compiling and (self.site + 1) % self.sites_per_block != 0:
             return write_anew(x, branch_out, site).flatten(-2)
+        if joins.collapses and joins_ahead(x, self.hc_mult):
+            return Collapsed(site_write_collapse(x, branch_out, site))
         if joins.next_site is None:
             return site_write(x, branch_out, site).flatten(-2)
         return write_ahead(x, branch_out, site, joins.next_site)

@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..ops.backends import runs_on_triton
 from .branch_norm import is_hooked, is_llama_norm
 from .configuration_mhc import MHCConfig
-from .hyper_connection import HyperConnection, Joins, Unwritten
+from .handing_on import widen_streams
+from .hyper_connection import Collapsed, HyperConnection, Joins, Unwritten
 from .steps import Chain, Context, Form, resolve, run_chain
 
 
@@ -77,14 +78,16 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         given = kwargs | dict(zip(self.argument_names, args, strict=False))
         arguments = {name: given.pop(name, default) for name, default in self.argument_defaults.items()}
         context = Context(arguments, given)
-        x = widen_streams(hidden_states, self.hc_mult) if self.widens else hidden_states
+        x = widen_streams(hidden_states, self.hc_mult, self._first_site()) if self.widens else hidden_states
         checkpointed = self.gradient_checkpointing and self.training
         for site, chain in self.chains.items():
             steps, joins = self._join(site, chain, x)
             x = getattr(self, site)(x, partial(self._branch, steps, context), checkpointed, joins)
         if self.stream_scale is not None:
             x = x * getattr(self, self.stream_scale)
-        if self.collapses:
+        if isinstance(x, Collapsed):
+            x = x.mean
+        elif self.collapses:
             x = collapse_streams(x, self.hc_mult)
         if self.returns is None:
             return x
@@ -93,7 +96,10 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
     def hand_on_to(self, layer: "MHCDecoderLayer") -> None:
         """Tell this layer which one reads its streams: in inference it can do that one's projections with its write."""
         if self.stream_scale is None and not self.collapses:
-            self._next_site = (getattr(layer, next(iter(layer.chains))),)
+            self._next_site = (layer._first_site(),)
+
+    def _first_site(self) -> Any:
+        return getattr(self, next(iter(self.chains)))
 
     def _join(self, site: str, chain: Chain, x: Tensor | Unwritten) -> tuple[Chain, Joins]:
         """The steps of a site's branch, and what the site may do besides where kernels run."""
@@ -103,20 +109,18 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         norm = None if kind is None else getattr(self, str(chain[0]))
         steps, norm = (chain[1:], norm) if type(norm) is kind else (chain, None)
         *_, last = self.chains
-        if site == last:
-            return steps, Joins(norm, next_site=self._next_site[0] if self._next_site else None)
         # a hook on a site is to see streams that are written
-        return steps, Joins(norm, defers=not any(is_hooked(getattr(self, name)) for name in self.chains))
+        if site != last:
+            return steps, Joins(norm, defers=not any(is_hooked(getattr(self, name)) for name in self.chains))
+        if self._next_site:
+            return steps, Joins(norm, next_site=self._next_site[0])
+        collapses = self.collapses and self.stream_scale is None and not is_hooked(getattr(self, site))
+        return steps, Joins(norm, collapses=collapses)
 
     def _branch(self, chain: Chain, context: Context, branch_in: Tensor) -> Tensor:
         """F of one site. [B, S, C] -> [B, S, C]"""
         # some mixtures of experts answer token by token, [B*S, C]
         return run_chain(chain, self, branch_in, context).view_as(branch_in)
-
-
-def widen_streams(hidden_states: Tensor, hc_mult: int) -> Tensor:
-    """n equal streams. [B, S, C] -> [B, S, n*C]"""
-    return hidden_states.repeat(1, 1, hc_mult)
 
 
 def collapse_streams(streams: Tensor, hc_mult: int) -> Tensor:

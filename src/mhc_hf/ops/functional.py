@@ -263,22 +263,32 @@ def site_write_read(
 
 
 class Projections(NamedTuple):
-    """What `site_write_project` has found for the site that reads next: opaque, and for that phi alone."""
+    """What a pass that writes streams has found for the site that reads them: opaque, and for that phi alone."""
 
     partial: Tensor
     phi: Tensor
 
 
-def can_project_ahead(x: Tensor) -> bool:
-    """Whether `site_write_project` can run on `x` [..., n, C]: on kernels, and in inference."""
+def joins_ahead(x: Tensor, n: int) -> bool:
+    """Whether the joins below can run on tensors like `x`: on kernels, and in inference."""
     is_traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not is_traced and runs_on_triton(x, x.shape[-2])
+    return not is_traced and runs_on_triton(x, n)
+
+
+def widen_project(hidden_states: Tensor, n: int, phi: Tensor) -> tuple[Tensor, Projections]:
+    """n equal streams, and in the same pass the projections by the `phi` of the site that will read them.
+
+    Only where `joins_ahead`. [..., C] -> [..., n, C]
+    """
+    launch: Any = registered.get_implementation("triton")
+    x, partial = launch.widen_project(_flatten_branch(hidden_states), n, *_match(hidden_states, phi), gram=True)
+    return x.view(*hidden_states.shape[:-1], n, -1), Projections(partial, phi)
 
 
 def site_write_project(x: Tensor, branch_out: Tensor, site: SiteRead, phi: Tensor) -> tuple[Tensor, Projections]:
     """`site_write`, and in the same pass the projections by the `phi` of the site that will read what is written.
 
-    For two sites that cannot meet in `site_write_read`. Only where `can_project_ahead`; arguments are `site_write`'s.
+    For two sites that cannot meet in `site_write_read`. Only where `joins_ahead`; arguments are `site_write`'s.
     """
     check_branch(x, branch_out)
     launch: Any = registered.get_implementation("triton")
@@ -297,10 +307,21 @@ def site_read_projected(
     norm_eps: float = 1e-6,
     branch_norm: BranchNorm | None = None,
 ) -> SiteRead:
-    """`site_read` of streams that `site_write_project` has written, without a pass of its own for the projections."""
+    """`site_read` of streams whose projections have been made with them, without a pass of its own for these."""
     launch: Any = registered.get_implementation("triton")
     arguments = (projections.partial, _flatten_tokens(x), *_match(x, bias, alpha), num_iters, norm_eps)
     return _make_site(launch.read_projected(*arguments, *(branch_norm or ())), x)
+
+
+def site_write_collapse(x: Tensor, branch_out: Tensor, site: SiteRead) -> Tensor:
+    """The mean of the streams that `site_write` would write, from the first on, rounded as if they had been.
+
+    Only where `joins_ahead`; arguments are `site_write`'s. [..., n, C] -> [..., C]
+    """
+    check_branch(x, branch_out)
+    launch: Any = registered.get_implementation("triton")
+    mean = launch.write_collapse(_flatten_tokens(x), _flatten_branch(branch_out), site.h_post, site.h_res)
+    return _unflatten_branch(mean, x)
 
 
 def _call(name: str, backend: str, *arguments: Any) -> Any:

@@ -15,6 +15,8 @@ _TILES = {
     "maps_bwd": ((32, 1, 1, 1), (32, 1, 1, 1)),
     "sinkhorn": ((32, 1, 1, 1), (32, 1, 1, 1)),
     "collapse": ((4, 256, 4, 1), (4, 256, 4, 1)),
+    "widen_project": ((64, 32, 4, 2), (32, 16, 4, 1)),
+    "write_collapse": ((4, 256, 4, 1), (4, 128, 4, 1)),
     "write": ((4, 256, 4, 1), (4, 128, 4, 1)),
     "write_project": ((64, 32, 4, 2), (32, 16, 8, 1)),
     "dots_bwd": ((4, 256, 4, 1), (4, 128, 4, 1)),
@@ -23,6 +25,7 @@ _TILES = {
 # float32 and float16 streams are multiplied in float32 or in pieces of it: twice the registers a number, or more
 _WIDE_TILES = {
     "project": ((64, 16, 4, 2), (32, 16, 4, 1)),
+    "widen_project": ((64, 16, 4, 2), (32, 16, 4, 1)),
     "write_project": ((64, 16, 8, 1), (32, 16, 8, 1)),
     "streams_bwd": ((16, 32, 8, 1), (16, 16, 8, 1)),
 }
@@ -32,7 +35,7 @@ _HIP_TILES = {
     "streams_bwd": ((16, 32, 4, 1), (16, 16, 4, 1)),
 }
 # kernels whose channel tile is an operand of a matrix product: 16 is the least that Triton takes
-_MATRIX_KERNELS = ("project", "write_project", "streams_bwd")
+_MATRIX_KERNELS = ("project", "widen_project", "write_project", "streams_bwd")
 # programs that keep a large device busy; one number, so that sums are split alike on all devices
 _PROGRAMS = 256
 _MAX_SPLITS = 32

@@ -111,6 +111,16 @@ def read_projected(
     )
 
 
+def widen_project(hidden: Tensor, n: int, phi: Tensor, gram: bool) -> tuple[Tensor, Tensor]:
+    """n equal streams [T, n, C], and their projections for `read_projected`. One kernel, n+1 rows."""
+    return passes.widen_and_project(hidden, n, phi, gram)
+
+
+def write_collapse(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """The mean over the streams of `post_res`, [T, C]. One kernel, n+2 rows."""
+    return passes.write_and_collapse(x, branch_out, h_post, h_res)
+
+
 def pre(x: Tensor, h_pre: Tensor) -> Tensor:
     """H_pre x. One kernel, n+1 rows."""
     return passes.collapse_streams(x, h_pre, None)[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import cdiv
 
 from ..sinkhorn import count_log_iters
-from . import collapse, config, maps, project, read_backward, write
+from . import collapse, config, ends, maps, project, read_backward, write
 from .record import run_kernel
 
 
@@ -42,6 +42,28 @@ def write_and_project(
     written = {"x_ptr": x, "y_ptr": branch_out, "h_post_ptr": h_post, "h_res_ptr": h_res, "out_ptr": x_next}
     run_kernel(write.write_project_kernel, grid, written | arguments, constants | tiles)
     return x_next, arguments["partial_ptr"]
+
+
+def widen_and_project(hidden: Tensor, n: int, phi: Tensor, gram: bool) -> tuple[Tensor, Tensor]:
+    """n streams equal to hidden [T, C], and partial of them. n+1 rows."""
+    num_tokens, num_channels = hidden.shape
+    x = hidden.new_empty(num_tokens, n, num_channels)
+    tiles = config.choose_tiles("widen_project", n, num_channels, x.dtype)
+    arguments, constants, grid = _plan_projection(x, phi, gram, tiles)
+    run_kernel(ends.widen_project_kernel, grid, {"hidden_ptr": hidden, "out_ptr": x, **arguments}, constants | tiles)
+    return x, arguments["partial_ptr"]
+
+
+def write_and_collapse(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """The mean [T, C] of x' = H_res x + H_post F, which is not written itself. n+2 rows."""
+    num_tokens, n, num_channels = x.shape
+    mean = x.new_empty(num_tokens, num_channels)
+    tiles = config.choose_tiles("write_collapse", n, num_channels, x.dtype)
+    written = {"x_ptr": x, "y_ptr": branch_out, "h_post_ptr": h_post, "h_res_ptr": h_res, "mean_ptr": mean}
+    grid = (cdiv(num_tokens, tiles["BT"]), cdiv(num_channels, tiles["BC"]))
+    arguments = {**written, "T": num_tokens, "C": num_channels}
+    run_kernel(ends.write_collapse_kernel, grid, arguments, {"N": n} | tiles)
+    return mean
 
 
 def compute_maps(

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 # arguments that are [T, n, C] or [T, C]
-_ROW_ARGUMENTS = ("x_ptr", "y_ptr", "out_ptr", "branch_in_ptr", "g_ptr", "du_ptr", "d_x_ptr")
+_ROW_ARGUMENTS = (
+    *("x_ptr", "y_ptr", "out_ptr", "branch_in_ptr", "hidden_ptr", "mean_ptr"),
+    *("g_ptr", "du_ptr", "d_x_ptr"),
+)
 
 
 class Launch(NamedTuple):
