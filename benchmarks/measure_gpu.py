@@ -2,10 +2,10 @@
 
 It checks first, each number of streams in a process of its own: every op on the device against float64, values and
 gradients, all dtypes, n from 2 to 8, odd sizes, fresh random inputs in memory that was poisoned before. Then, alone on
-the device: the kernels (`bench_kernels.py`), other tiles for them (`tune_tiles.py`), a site beside its peers in every cell (`bench_ops.py`), models of 1B and
-8B shape beside their bases (`bench_model.py`). All of it goes into benchmarks/results/gpu-DEVICE.json, with device and
-versions, and is held to what is aimed at: a line for each, passed or failed, and an exit code. `--parts` runs some of
-it and keeps the rest of the file.
+the device: the kernels (`bench_kernels.py`), other tiles for them (`tune_tiles.py`), a site beside its peers in every
+cell (`bench_ops.py`), models of 1B and 8B shape beside their bases (`bench_model.py`). All of it goes into
+benchmarks/results/gpu-DEVICE.json, with device and versions, and is held to what is aimed at: a line for each, passed
+or failed, and an exit code. `--parts` runs some of it and keeps the rest of the file.
 
 Without a GPU it says so. `--rehearse` runs every part at a tiny size in Triton's interpreter, where no time counts.
 """

@@ -55,7 +55,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def find_main_loop(text: str) -> list[str]:
-    """Instructions of the last loop that moves streams, 8 bytes a thread or more at once; of everything if none does."""
+    """Instructions of the last loop that moves streams, 8 bytes a thread or more; of everything if none does."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():

@@ -179,7 +179,8 @@ def main() -> None:
         for described in list_compilations(target, 4096, dtype):
             name, _, constants, _ = described
             tiles = "x".join(str(constants[key]) for key in ("BT", "BC") if key in constants)
-            key = f"`{name.removesuffix('_kernel')}` {' '.join(list_flags(constants))} | {tiles}, {constants['num_warps']} warps"
+            name = " ".join([f"`{name.removesuffix('_kernel')}`", *list_flags(constants)])
+            key = f"{name} | {tiles}, {constants['num_warps']} warps"
             found = read_resources(compile_launch(described, target))
             rows.setdefault(key, {})[target] = f"{found['registers']} / {found['spilled']} / {found['shared']}"
     for key, cells in rows.items():

@@ -1,10 +1,10 @@
 """Projections handed to the first site of a layer by who writes its streams, where kernels run.
 
 That is the last site of the layer before, whose tensor the family's own loop passes on, or in inference the widening of
-the hidden states in the layer itself. They are values without a gradient (`ops/ahead.py`), and ride on the streams as an attribute. Where
-that is lost (another tensor takes its place, an offloading hook, a pipeline stage) or out of date (somebody has written
-into the tensor, or the next layer is another one), the site projects by itself: one launch and n rows more, the same
-result. A layer that is checkpointed finds them on its input again when it is made again.
+the hidden states in the layer itself. The projections are values without a gradient (`ops/ahead.py`), and ride on the
+streams as an attribute. Where that is lost (another tensor takes its place, an offloading hook, a pipeline stage) or
+out of date (somebody has written into the tensor, or the next layer is another one), the site projects by itself: one
+launch and n rows more, the same result. A layer that is checkpointed finds them on its input when it is made again.
 
 Shapes: B batch, S sequence, n streams, C channels of one stream.
 """

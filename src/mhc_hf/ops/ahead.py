@@ -1,4 +1,4 @@
-"""Sites of two layers joined where a graph is recorded: a write also projects for the site that reads in the next layer.
+"""Sites of two layers joined where a graph is recorded: a write projects for the site that reads in the next layer.
 
 Shapes: T tokens, n streams, C channels, m = (n+2)*n; x [T, n, C] contiguous, branch tensors and gain [T, C], [C],
 numbers a token token-last, partial [splits, rows, T] as `triton/project.py` has it.
@@ -66,10 +66,11 @@ read_projected = register(
     _compute_read,
     lambda x, phi, bias, alpha, partial, *numbers: fake_read(x, phi, bias, alpha, *numbers),
 )
+_NORMED_OUTPUTS = ", ".join(["Tensor"] * 8)
 read_projected_normed = register(
     "read_projected_normed",
     "(Tensor x, Tensor phi, Tensor bias, Tensor alpha, Tensor gain, Tensor partial, int num_iters, float norm_eps,"
-    f" float gain_eps, str backend) -> ({normed.OUTPUTS})",
+    f" float gain_eps, str backend) -> ({_NORMED_OUTPUTS})",
     _compute_read_normed,
     lambda x, phi, bias, alpha, gain, partial, *numbers: normed.fake_read_normed(x, phi, bias, alpha, gain, *numbers),
 )

@@ -112,12 +112,12 @@ def fake_read_normed(x, phi, bias, alpha, gain, num_iters, norm_eps, gain_eps, b
     return *outputs, phi.new_empty(x.shape[0]), phi.new_empty(x.shape[1], x.shape[0]), link
 
 
-OUTPUTS = ", ".join(["Tensor"] * 8)
+_OUTPUTS = ", ".join(["Tensor"] * 8)
 
 read_normed = register(
     "read_normed",
     "(Tensor x, Tensor phi, Tensor bias, Tensor alpha, Tensor gain, int num_iters, float norm_eps, float gain_eps,"
-    f" str backend) -> ({OUTPUTS})",
+    f" str backend) -> ({_OUTPUTS})",
     lambda x, *others: (*compute_read_normed(x, *others), new_link(x)),
     fake_read_normed,
 )
@@ -150,7 +150,7 @@ read_normed.register_autograd(_differentiate_read, setup_context=_save_read)
 write_read_normed = register(
     "write_read_normed",
     "(Tensor link, Tensor x, Tensor branch_out, Tensor h_post, Tensor h_res, Tensor phi, Tensor bias, Tensor alpha,"
-    f" Tensor gain, int num_iters, float norm_eps, float gain_eps, str backend) -> (Tensor, {OUTPUTS})",
+    f" Tensor gain, int num_iters, float norm_eps, float gain_eps, str backend) -> (Tensor, {_OUTPUTS})",
     lambda link, x, *others: (*compute_write_read_normed(x, *others), new_link(x)),
     lambda link, x, branch_out, h_post, h_res, *others: (torch.empty_like(x), *fake_read_normed(x, *others)),
 )
