@@ -42,15 +42,11 @@ class HandOn(nn.Module):
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and write."""
-    arguments = parse_arguments(argv)
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    if device.type == "cpu":
-        # the interpreter stands for the device; what chooses by device must too
-        backends._TRITON_DEVICES = (*backends._TRITON_DEVICES, "cpu")
-    torch.manual_seed(0)
-    n, num_channels, num_tokens = arguments.streams, arguments.channels, arguments.tokens
-    layer = make_layer(n, num_channels, dtype, device)
-    streams = torch.randn(1, num_tokens, n * num_channels, device=device).to(dtype).requires_grad_()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    layer, streams = prepare(arguments)
+    num_channels, device = arguments.channels, streams.device
     report: dict[str, Any] = describe_run(device) | {
         key: getattr(arguments, key) for key in ("tokens", "channels", "streams", "dtype")
     }
@@ -66,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     write_report(report, arguments.output or RESULTS / f"kernels-{device.type}.json")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a measurement of one layer is told."""
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--channels", type=int, default=4096)
     parser.add_argument("--streams", type=int, default=4)
@@ -75,7 +71,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path)
-    return parser.parse_args(argv)
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """The layer and its streams [1, T, n*C], random."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    if device.type == "cpu":
+        # the interpreter stands for the device; what chooses by device must too
+        backends._TRITON_DEVICES = (*backends._TRITON_DEVICES, "cpu")
+    torch.manual_seed(0)
+    layer = make_layer(arguments.streams, arguments.channels, dtype, device)
+    shape = (1, arguments.tokens, arguments.streams * arguments.channels)
+    return layer, torch.randn(shape, device=device).to(dtype).requires_grad_()
 
 
 def make_layer(n: int, num_channels: int, dtype: torch.dtype, device: torch.device) -> nn.Module:

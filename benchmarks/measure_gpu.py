@@ -2,10 +2,10 @@
 
 It checks first, each number of streams in a process of its own: every op on the device against float64, values and
 gradients, all dtypes, n from 2 to 8, odd sizes, fresh random inputs in memory that was poisoned before. Then, alone on
-the device: the kernels (`bench_kernels.py`), a site beside its peers in every cell (`bench_ops.py`), models of 1B and
-8B shape beside their bases (`bench_model.py`). All of it goes into benchmarks/results/gpu-DEVICE.json, with device and
-versions, and is held to what is aimed at: a line for each, passed or failed, and an exit code. `--parts` runs some of
-it and keeps the rest of the file.
+the device: the kernels (`bench_kernels.py`), other tiles for them (`tune_tiles.py`), a site beside its peers in every
+cell (`bench_ops.py`), models of 1B and 8B shape beside their bases (`bench_model.py`). All of it goes into
+benchmarks/results/gpu-DEVICE.json, with device and versions, and is held to what is aimed at: a line for each, passed
+or failed, and an exit code. `--parts` runs some of it and keeps the rest of the file.
 
 Without a GPU it says so. `--rehearse` runs every part at a tiny size in Triton's interpreter, where no time counts.
 """
@@ -31,6 +31,7 @@ TARGETS = {"of_copy_rate": 0.85, "forward_us": 250, "backward_us": 500, "layer":
 CHECK = ["-m", "tests.ops.on_device"]
 COMMANDS = {
     "kernels": ["benchmarks/bench_kernels.py"],
+    "tiles": ["benchmarks/tune_tiles.py", "--rounds", "10"],
     "ops": ["benchmarks/bench_ops.py", "--rounds", "20"],
     "model-1b": ["benchmarks/bench_model.py", "--shape", "1b", "--decode-tokens", "32"],
     "model-8b": ["benchmarks/bench_model.py", "--shape", "8b", "--decode-tokens", "32"],
@@ -42,6 +43,7 @@ _TINY_OP = ["--tokens", "8", "--channels", "32", "--streams", "2", "--rounds", "
 _TINY_MODEL = ["--shape", "tiny", "--layers", "2", "1", "--batch", "1", "--context", "16", "--rounds", "2", "--eager"]
 REHEARSALS = {
     "kernels": [*COMMANDS["kernels"], *_TINY, *_TINY_OP],
+    "tiles": [*COMMANDS["tiles"][:1], *_TINY, *_TINY_OP, "--few"],
     "ops": [*COMMANDS["ops"][:1], *_TINY, *_TINY_OP, "--eager"],
     "model-tiny": ["benchmarks/bench_model.py", *_TINY, *_TINY_MODEL, "--decode-tokens", "4", "--decode-batch", "1"],
 }

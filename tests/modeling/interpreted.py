@@ -81,6 +81,12 @@ def compare(run, model, plain=None):
     return [distance(got, want), describe(launches)]
 
 
+def find_differences(run, other, model):
+    """Names of what two runs do not give to the bit."""
+    first, second = run(copy.deepcopy(model)), other(copy.deepcopy(model))
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
 class Counting(TorchDispatchMode):
     """Counts the operations that launch something."""
 
@@ -215,6 +221,7 @@ def main() -> None:
         "gathered late": compare(with_change(gather_late, infer), llama),
         "another layer follows": compare(with_change(swap_layers, infer), llama),
         "checkpointed": compare(with_change(checkpoint, train), llama),
+        "checkpointing changes": find_differences(with_change(checkpoint, train), train, llama),
         "recomputed": compare(with_change(recompute, train), llama),
         "adapted": compare(with_change(adapt, train), llama),
         "compiled": compare(with_change(compile_whole, train), llama, plain=train),

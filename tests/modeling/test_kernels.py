@@ -33,12 +33,22 @@ def test_results_are_those_of_a_cpu(figures, case):
     assert figures[case][0] <= 1.6e-5
 
 
-def test_a_layer_trains_with_its_sites_and_norms_joined(figures):
-    layer = [*READ, *WRITE_READ, "write"]
-    assert figures["training"][1] == 2 * layer + 4 * SITE_BACKWARD
-    assert figures["compiled"][1][-len(layer) * 2 - 16 :] == 2 * layer + 4 * SITE_BACKWARD
+def test_layers_train_with_their_sites_and_norms_joined(figures):
+    # the first site has nobody before it, the last one nobody after it
+    joined = [*READ, *(3 * WRITE_READ), "write"]
+    assert figures["training"][1] == joined + 4 * SITE_BACKWARD
     # under PEFT too, where the sites are wrapped
-    assert figures["adapted"][1] == 2 * layer + 4 * SITE_BACKWARD
+    assert figures["adapted"][1] == joined + 4 * SITE_BACKWARD
+    # a compiler sees one layer after the other
+    layers = 2 * [*READ, *WRITE_READ, "write"]
+    assert figures["compiled"][1][-len(layers) - 16 :] == layers + 4 * SITE_BACKWARD
+
+
+def test_a_checkpointed_layer_finds_its_projections_again(figures):
+    again = [*WRITE_READ[1:], *WRITE_READ, "write"]
+    forward = [*READ, *(3 * WRITE_READ), "write"]
+    assert figures["checkpointed"][1][: len(forward) + len(again)] == forward + again
+    assert figures["checkpointing changes"] == []
 
 
 def test_decoding_takes_two_launches_a_site_and_one_for_the_widening(figures):

@@ -11,9 +11,9 @@ import sys
 import torch
 
 from mhc_hf.modeling.layer import collapse_streams
-from mhc_hf.ops import functional, normed, reference, registered
+from mhc_hf.ops import ahead, functional, normed, reference, registered
 from mhc_hf.ops.functional import BranchNorm
-from mhc_hf.ops.triton import config, record
+from mhc_hf.ops.triton import config, passes, record
 
 from . import independent
 from .sites import bind_ops, differentiate, make_site, relative_error, widen
@@ -33,6 +33,16 @@ def pass_layer(x, phi, bias, alpha, branch_out, gain, num_iters=20, normed_site=
     parameters = phi.flip(0), bias.flip(0), alpha
     branch = torch.tanh(site.branch_in) * branch_out
     middle, site = on_triton.site_write_read(x, branch, site, *parameters, num_iters=num_iters, **second)
+    return on_triton.site_write(middle, torch.tanh(site.branch_in) * branch_out, site)
+
+
+def pass_two_layers(x, phi, bias, alpha, branch_out, gain, num_iters=20, normed_site=0):
+    """The same with a site a layer: the first one's write projects for the second, whose streams come by themselves."""
+    first, second = ({"branch_norm": BranchNorm(gain, 1e-6)} if normed_site == index else {} for index in range(2))
+    site = on_triton.site_read(x, phi, bias, alpha, num_iters=num_iters, **first)
+    middle, projections = functional.site_write_project(x, torch.tanh(site.branch_in) * branch_out, site, phi.flip(0))
+    parameters = projections._replace(phi=phi.flip(0)), bias.flip(0), alpha
+    site = functional.site_read_projected(middle, *parameters, num_iters=num_iters, **second)
     return on_triton.site_write(middle, torch.tanh(site.branch_in) * branch_out, site)
 
 
@@ -190,6 +200,11 @@ def main() -> None:
         keywords = {"num_iters": num_iters, "normed_site": n % 2}
         ours, plain = (functools.partial(f, **keywords) for f in (pass_layer, pass_layer_plainly))
         result[f"layer n={n} C={num_channels} {dtype}"] = compare(ours, plain, site)
+    for n, dtype, normed_site in ((3, torch.float32, 0), (2, torch.float32, 1), (4, torch.bfloat16, 1)):
+        site = make_normed_site(n, 60, lead=(2, 9), dtype=dtype)
+        keywords = {"num_iters": 3, "normed_site": normed_site}
+        ours, plain = (functools.partial(f, **keywords) for f in (pass_two_layers, pass_layer_plainly))
+        result[f"layer n={n} handed on, {dtype}"] = compare(ours, plain, site)
     few = functools.partial(pass_layer, num_iters=3)
     few_plainly = functools.partial(pass_layer_plainly, num_iters=3)
     result["opposed streams"] = compare(few, few_plainly, oppose(make_normed_site(4, 600, lead=(19,)), 3e-3))
@@ -214,10 +229,14 @@ def main() -> None:
     parameters, numbers = (phi, bias, alpha), (3, 1e-6)
     h_post, h_res, link = torch.rand(2, 5), torch.rand(2, 2, 5), torch.zeros(1).expand(x.shape).requires_grad_()
     written = (link, x.detach(), branch_out, h_post.requires_grad_(), h_res)
+    partial = passes.project_streams(x.detach(), phi.detach(), True)
     checked = {
         registered.read: (x, *parameters, *numbers),
         normed.read_normed: (x, *parameters, gain, *numbers, 1e-6),
         normed.write_read_normed: (*written, *parameters, gain, *numbers, 1e-6),
+        ahead.write_project: (*written, phi.detach()),
+        ahead.read_projected: (x, *parameters, partial, *numbers),
+        ahead.read_projected_normed: (x, *parameters, gain, partial, *numbers, 1e-6),
     }
     result["opcheck"] = [torch.library.opcheck(op, (*arguments, "triton")) for op, arguments in checked.items()]
     with record.record_launches() as launches:

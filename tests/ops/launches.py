@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +115,29 @@ def describe(one: record.Launch) -> tuple[str, dict[str, str], dict[str, Any], d
     return one.kernel, signature, constants | {name: one.arguments[name] for name in _OPTIONS}, attributes
 
 
-def list_compilations(target: str, num_channels: int, dtype: torch.dtype, n: int = 4) -> list:
-    """Every distinct compilation that the ops need on a target."""
+@contextmanager
+def choosing_for(target: str) -> Iterator[None]:
+    """Tiles and precision are those of a target, which need not be here."""
     before = config.get_target
     config.get_target = lambda: TARGETS[target].backend  # type: ignore[assignment]
     try:
-        found: list = []
-        for launches in record_ops(n, num_channels, dtype).values():
-            found += [described for one in launches if (described := describe(one)) not in found]
+        yield
     finally:
         config.get_target = before
+
+
+def list_compilations(target: str, num_channels: int, dtype: torch.dtype, n: int = 4) -> list:
+    """Every distinct compilation that the ops need on a target."""
+    found: list = []
+    with choosing_for(target):
+        for launches in record_ops(n, num_channels, dtype).values():
+            found += [described for one in launches if (described := describe(one)) not in found]
     return found
+
+
+def list_flags(constants: dict[str, Any]) -> list[str]:
+    """What tells one compilation of a kernel from another."""
+    return [key.lower() for key in _FLAGS if constants.get(key)]
 
 
 def compile_launch(described, target: str):
@@ -164,9 +178,9 @@ def main() -> None:
     for target in targets:
         for described in list_compilations(target, 4096, dtype):
             name, _, constants, _ = described
-            flags = [key.lower() for key in _FLAGS if constants.get(key)]
             tiles = "x".join(str(constants[key]) for key in ("BT", "BC") if key in constants)
-            key = f"`{name.removesuffix('_kernel')}` {' '.join(flags)} | {tiles}, {constants['num_warps']} warps"
+            name = " ".join([f"`{name.removesuffix('_kernel')}`", *list_flags(constants)])
+            key = f"{name} | {tiles}, {constants['num_warps']} warps"
             found = read_resources(compile_launch(described, target))
             rows.setdefault(key, {})[target] = f"{found['registers']} / {found['spilled']} / {found['shared']}"
     for key, cells in rows.items():

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import normed, registered
+from . import ahead, normed, registered
 from .backends import choose_backend, runs_on_triton
 from .checks import check_branch, check_branch_norm, check_iters, check_maps, check_parameters, check_streams
 
@@ -275,6 +275,11 @@ def joins_ahead(x: Tensor, n: int) -> bool:
     return not is_traced and runs_on_triton(x, n)
 
 
+def hands_on(x: Tensor, n: int) -> bool:
+    """Whether a write can project for another layer's site: on kernels, and not while a compiler traces."""
+    return not torch.compiler.is_compiling() and runs_on_triton(x, n)
+
+
 def widen_project(hidden_states: Tensor, n: int, phi: Tensor) -> tuple[Tensor, Projections]:
     """n equal streams, and in the same pass the projections by the `phi` of the site that will read them.
 
@@ -288,12 +293,16 @@ def widen_project(hidden_states: Tensor, n: int, phi: Tensor) -> tuple[Tensor, P
 def site_write_project(x: Tensor, branch_out: Tensor, site: SiteRead, phi: Tensor) -> tuple[Tensor, Projections]:
     """`site_write`, and in the same pass the projections by the `phi` of the site that will read what is written.
 
-    For two sites that cannot meet in `site_write_read`. Only where `joins_ahead`; arguments are `site_write`'s.
+    For two sites that cannot meet in `site_write_read`. Only where `hands_on`; arguments are `site_write`'s. phi gets
+    no gradient here: all of it comes from `site_read_projected`.
     """
     check_branch(x, branch_out)
-    launch: Any = registered.get_implementation("triton")
-    arguments = (_flatten_tokens(x), _flatten_branch(branch_out), site.h_post, site.h_res, *_match(x, phi))
-    x_next, partial = launch.write_project(*arguments, gram=True)
+    arguments = (_flatten_tokens(x), _flatten_branch(branch_out), site.h_post, site.h_res, *_match(x, phi.detach()))
+    if site.link is None:
+        launch: Any = registered.get_implementation("triton")
+        x_next, partial = launch.write_project(*arguments, gram=True)
+    else:
+        x_next, partial = ahead.write_project(site.link, *arguments, "triton")
     return x_next.view_as(x), Projections(partial, phi)
 
 
@@ -308,9 +317,19 @@ def site_read_projected(
     branch_norm: BranchNorm | None = None,
 ) -> SiteRead:
     """`site_read` of streams whose projections have been made with them, without a pass of its own for these."""
-    launch: Any = registered.get_implementation("triton")
-    arguments = (projections.partial, _flatten_tokens(x), *_match(x, bias, alpha), num_iters, norm_eps)
-    return _make_site(launch.read_projected(*arguments, *(branch_norm or ())), x)
+    partial, phi = projections
+    streams, parameters = _flatten_tokens(x), _match(x, phi, bias, alpha)
+    if not _records_graph((x, *parameters, *(branch_norm or ()))):
+        launch: Any = registered.get_implementation("triton")
+        norm = branch_norm or ()
+        return _make_site(launch.read_projected(partial, streams, *parameters[1:], num_iters, norm_eps, *norm), x)
+    if branch_norm is None:
+        outputs = ahead.read_projected(streams, *parameters, partial, num_iters, norm_eps, "triton")
+    else:
+        gain, gain_eps = branch_norm
+        numbers = (num_iters, norm_eps, gain_eps, "triton")
+        outputs = ahead.read_projected_normed(streams, *parameters, gain, partial, *numbers)
+    return _make_site(outputs, x)
 
 
 def site_write_collapse(x: Tensor, branch_out: Tensor, site: SiteRead) -> Tensor:

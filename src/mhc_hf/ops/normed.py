@@ -106,7 +106,8 @@ def _backpropagate_read(
     return *implementation.backpropagate_read(*saved, d_u, None, d_h_post, d_h_res, d_x_next), d_gain
 
 
-def _fake_read_normed(x, phi, bias, alpha, gain, num_iters, norm_eps, gain_eps, backend):
+def fake_read_normed(x, phi, bias, alpha, gain, num_iters, norm_eps, gain_eps, backend):
+    """What `read_normed` returns, empty."""
     *outputs, link = fake_read(x, phi, bias, alpha, num_iters, norm_eps, backend)
     return *outputs, phi.new_empty(x.shape[0]), phi.new_empty(x.shape[1], x.shape[0]), link
 
@@ -118,7 +119,7 @@ read_normed = register(
     "(Tensor x, Tensor phi, Tensor bias, Tensor alpha, Tensor gain, int num_iters, float norm_eps, float gain_eps,"
     f" str backend) -> ({_OUTPUTS})",
     lambda x, *others: (*compute_read_normed(x, *others), new_link(x)),
-    _fake_read_normed,
+    fake_read_normed,
 )
 read_normed_backward = register(
     "read_normed_backward",
@@ -151,7 +152,7 @@ write_read_normed = register(
     "(Tensor link, Tensor x, Tensor branch_out, Tensor h_post, Tensor h_res, Tensor phi, Tensor bias, Tensor alpha,"
     f" Tensor gain, int num_iters, float norm_eps, float gain_eps, str backend) -> (Tensor, {_OUTPUTS})",
     lambda link, x, *others: (*compute_write_read_normed(x, *others), new_link(x)),
-    lambda link, x, branch_out, h_post, h_res, *others: (torch.empty_like(x), *_fake_read_normed(x, *others)),
+    lambda link, x, branch_out, h_post, h_res, *others: (torch.empty_like(x), *fake_read_normed(x, *others)),
 )
 
 

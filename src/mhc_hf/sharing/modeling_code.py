@@ -26,7 +26,7 @@ CODE_FILE = f"{_MODULE}.py"
 # in the order of their imports; the last one is there for this file alone
 MODULES = (
     *("ops.reference", "ops.checks", "sharing.torch_backend", "ops.copies", "ops.sinkhorn", "ops.few", "ops.eager"),
-    *("ops.registered", "ops.normed", "ops.functional", "modeling.projections", "modeling.starts"),
+    *("ops.registered", "ops.normed", "ops.ahead", "ops.functional", "modeling.projections", "modeling.starts"),
     *("modeling.configuration_mhc", "modeling.branch_norm", "modeling.handing_on", "modeling.recompute"),
     *("modeling.hyper_connection", "modeling.steps", "modeling.sublayers", "modeling.layer"),
     *("modeling.hidden_states", "modeling.families", "modeling.modeling_mhc", "sharing.beside_weights"),

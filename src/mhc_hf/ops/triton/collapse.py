@@ -11,7 +11,7 @@ is d_branch_out and d_h_post.
 import triton
 import triton.language as tl
 
-from .language import load_rows, locate_tokens, narrow, store_rows
+from .language import add_products, load_rows, locate_tokens, narrow, store_rows, unzip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -31,22 +31,22 @@ def collapse_kernel(
     """out = sum of weights_i x_i; with DOTS also dots_i = <x_i, y>. Grid: (T / BT,)."""
     t, exists, T = locate_tokens(T, BT)
     weights = load_rows(weights_ptr, 0, t, exists, T, N)
+    V: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     sums = ()
     for _ in tl.static_range(N if DOTS else 0):
-        sums += (tl.zeros((BT, BC), tl.float32),)
+        sums += (tl.zeros((BT, BC // V), tl.float32),)
     for start in range(0, C, BC):
         c = start + tl.arange(0, BC)
         inside = exists[:, None] & (c < C)[None, :]
-        y = tl.zeros((BT, BC), tl.float32)
         if DOTS:
-            y = tl.load(y_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            y = unzip(tl.load(y_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0), V, BT, BC)
         total = tl.zeros((BT, BC), tl.float32)
         next_sums = ()
         for i in tl.static_range(N):
-            x = tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            total += weights[i][:, None] * x
+            x = tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0)
+            total += weights[i][:, None] * x.to(tl.float32)
             if DOTS:
-                next_sums += (sums[i] + x * y,)
+                next_sums += (add_products(sums[i], unzip(x, V, BT, BC), y, V),)
         sums = next_sums
         tl.store(out_ptr + t[:, None] * C + c[None, :], narrow(total, out_ptr.dtype.element_ty), mask=inside)
     if DOTS:

@@ -10,16 +10,16 @@ from triton import knobs, next_power_of_2
 # kernel -> for n <= 4, for n > 4: (BT, BC, num_warps, num_stages). memory-bound kernels: 8 channels a thread and stream
 # make a 16-byte load in bf16; where n*n sums a channel live in registers, 4 and 2. matrix units want BT >= 32
 _TILES = {
-    "project": ((64, 32, 4, 2), (32, 16, 4, 1)),
+    "project": ((128, 32, 8, 2), (32, 16, 4, 1)),
     "maps_fwd": ((16, 128, 4, 1), (16, 128, 4, 1)),
     "maps_bwd": ((32, 1, 1, 1), (32, 1, 1, 1)),
     "sinkhorn": ((32, 1, 1, 1), (32, 1, 1, 1)),
     "collapse": ((4, 256, 4, 1), (4, 256, 4, 1)),
-    "widen_project": ((64, 32, 4, 2), (32, 16, 4, 1)),
+    "widen_project": ((128, 32, 8, 2), (32, 16, 4, 1)),
     "write_collapse": ((4, 256, 4, 1), (4, 128, 4, 1)),
     "write": ((4, 256, 4, 1), (4, 128, 4, 1)),
-    "write_project": ((64, 32, 8, 1), (32, 16, 8, 1)),
-    "dots_bwd": ((4, 128, 4, 1), (4, 64, 4, 1)),
+    "write_project": ((64, 32, 4, 2), (32, 16, 8, 1)),
+    "dots_bwd": ((4, 256, 4, 1), (4, 128, 4, 1)),
     "streams_bwd": ((16, 64, 8, 1), (16, 16, 8, 1)),
 }
 # float32 and float16 streams are multiplied in float32 or in pieces of it: twice the registers a number, or more
@@ -31,6 +31,7 @@ _WIDE_TILES = {
 }
 # wavefronts of 64 threads, and 512 registers for each where there are few of them
 _HIP_TILES = {
+    "write_project": ((64, 32, 4, 1), (32, 16, 4, 1)),
     "streams_bwd": ((16, 32, 4, 1), (16, 16, 4, 1)),
 }
 # kernels whose channel tile is an operand of a matrix product: 16 is the least that Triton takes
@@ -51,6 +52,12 @@ def choose_tiles(kernel: str, n: int, num_channels: int, dtype: torch.dtype = to
     least = 16 if kernel in _MATRIX_KERNELS else 32
     channels = min(channels, max(least, next_power_of_2(num_channels)))
     return {"BT": tokens, "BC": channels, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def can_reorder(tiles: dict[str, int], dtype: torch.dtype) -> bool:
+    """Whether tiles are such that `place_operand` finds each thread's numbers where they are: 16 rows a warp."""
+    has_bits = dtype == torch.bfloat16 and get_target() in ("cuda", "interpreter")
+    return has_bits and tiles["BT"] == 16 * tiles["num_warps"] and tiles["BC"] == 32
 
 
 def choose_precision(dtype: torch.dtype, target: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ Shapes: T tokens, N streams, C channels, M = (N+2)*N, MP the power of two above 
 import triton
 import triton.language as tl
 
-from .language import dot_streams, load_rows, locate_tokens, narrow
+from .language import add_products, dot_streams, load_rows, locate_tokens, narrow, unzip
 from .project import store_partial
 
 
@@ -36,7 +36,8 @@ def widen_project_kernel(
     split = tl.program_id(1)
     m = tl.arange(0, MP)
     projected = tl.zeros((BT, MP), tl.float32)
-    square = tl.zeros((BT,), tl.float32)
+    V: tl.constexpr = 128 // hidden_ptr.dtype.element_ty.primitive_bitwidth
+    squares = tl.zeros((BT, BC // V), tl.float32)
     for tile in range(split * tiles_split, min(tl.cdiv(C, BC), (split + 1) * tiles_split)):
         c = tile * BC + tl.arange(0, BC)
         inside = exists[:, None] & (c < C)[None, :]
@@ -48,12 +49,13 @@ def widen_project_kernel(
             rows = phi_ptr + m[None, :] * (N * C) + (i * C + c)[:, None]
             phi += tl.load(rows, mask=(m < M)[None, :] & (c < C)[:, None], other=0.0)
         projected = dot_streams(hidden, phi, projected, PRECISION)
-        square += tl.sum(hidden.to(tl.float32) * hidden.to(tl.float32), 1)
+        parts = unzip(hidden, V, BT, BC)
+        squares = add_products(squares, parts, parts, V)
     # all their Gram numbers are one; without those their sum of squares is N of it
     sums = ()
     for _ in tl.static_range(N * (N + 1) // 2 if GRAM else 1):
-        sums += (square if GRAM else N * square,)
-    store_partial(partial_ptr, projected, sums, t, exists, T, m, N, GRAM)
+        sums += (squares if GRAM else N * squares,)
+    store_partial(partial_ptr, projected, sums, t, T, m, N, BT, GRAM, False)
 
 
 @triton.jit(do_not_specialize=["T"])

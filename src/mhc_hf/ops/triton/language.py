@@ -48,12 +48,81 @@ def store_rows(pointer, first, rows, t, exists, T, COUNT: tl.constexpr):
 
 
 @triton.jit
+def truncate(w):
+    """float32 with the bits that bfloat16 has no room for set to zero."""
+    return (w.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def take_upper_half(w):
+    """`truncate` as bfloat16: half of the bits, and no conversion."""
+    return (w.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def split_bf16(w):
-    """float32 as three bfloat16 whose sum it is to 2^-24, largest first."""
-    high = w.to(tl.bfloat16)
-    rest = w - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    """float32 as three bfloat16 whose sum it is, largest first: 8 of its 24 bits each."""
+    rest = w - truncate(w)
+    return take_upper_half(w), take_upper_half(rest), take_upper_half(rest - truncate(rest))
+
+
+@triton.jit
+def unzip(x, V: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """[BT, BC] as a tuple of V [BT, BC/V], float32: the V numbers that a thread loads at once, apart.
+
+    Sums over channels are then made of multiply-adds in one thread, one register for V numbers, and threads exchange
+    only the last ones.
+    """
+    parts = (x.to(tl.float32),)
+    for level in tl.static_range(4):
+        if (2 << level) <= V:
+            halves = ()
+            for k in tl.static_range(1 << level):
+                first, second = tl.split(tl.reshape(parts[k], (BT, BC // (2 << level), 2)))
+                halves += (first, second)
+            parts = halves
+    return parts
+
+
+@triton.jit
+def add_products(total, first, second, V: tl.constexpr):
+    """total [BT, BC/V] plus the products of two tiles that `unzip` took apart."""
+    for k in tl.static_range(V):
+        total += first[k] * second[k]
+    return total
+
+
+@triton.jit
+def place_tokens(t, first, BT: tl.constexpr, REORDER: tl.constexpr):
+    """The tokens of the rows of `place_operand`, from those of a tile's, which begin with `first`."""
+    if REORDER:
+        row = tl.arange(0, BT)
+        t = first + (row // 8 % 2) * (BT // 2) + row // 16 * 8 + row % 8
+    return t
+
+
+@triton.jit
+def place_channels(BC: tl.constexpr, REORDER: tl.constexpr):
+    """The channels of the columns of `place_operand`, counted from the first of the tile."""
+    k = tl.arange(0, BC)
+    if REORDER:
+        k = k // 32 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
+    return k
+
+
+@triton.jit
+def place_operand(x, BT: tl.constexpr, BC: tl.constexpr, REORDER: tl.constexpr):
+    """A tile of 16-bit numbers [BT, BC] as the first operand of a product, with rows and columns in another order.
+
+    A sum over channels may take them in any order. With REORDER it is the one in which sm_90's matrix units find in
+    the registers of a thread what the thread has there already: 8 channels of two tokens, where the units want, of 16
+    rows and columns, 2 columns and 8 after them of one row and 8 below it. Nothing moves then: no shared memory, no
+    barrier, for all numbers that a product is made of.
+    """
+    if REORDER:
+        x = tl.reshape(x, (2, BT // 16, 8, BC // 32, 4, 2, 2, 2))
+        x = tl.reshape(tl.permute(x, (1, 0, 2, 3, 5, 6, 4, 7)), (BT, BC))
+    return x
 
 
 @triton.jit

@@ -95,6 +95,11 @@ def write_project(
     return passes.write_and_project(x, branch_out, h_post, h_res, phi, gram)
 
 
+def shape_partial(x: Tensor) -> tuple[int, int, int]:
+    """The shape of the projections that `write_project` returns, with Gram numbers."""
+    return passes.shape_partial(x, True)
+
+
 def read_projected(
     partial: Tensor,
     x: Tensor,

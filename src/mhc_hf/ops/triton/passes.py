@@ -38,6 +38,7 @@ def write_and_project(
     x_next = torch.empty_like(x)
     tiles = config.choose_tiles("write_project", x.shape[1], x.shape[2], x.dtype)
     arguments, constants, grid = _plan_projection(x, phi, gram, tiles)
+    constants["REORDER"] = config.can_reorder(tiles, x.dtype)
     written = {"x_ptr": x, "y_ptr": branch_out, "h_post_ptr": h_post, "h_res_ptr": h_res, "out_ptr": x_next}
     run_kernel(write.write_project_kernel, grid, written | arguments, constants | tiles)
     return x_next, arguments["partial_ptr"]
@@ -63,6 +64,14 @@ def write_and_collapse(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Ten
     arguments = {**written, "T": num_tokens, "C": num_channels}
     run_kernel(ends.write_collapse_kernel, grid, arguments, {"N": n} | tiles)
     return mean
+
+
+def shape_partial(x: Tensor, gram: bool) -> tuple[int, int, int]:
+    """The shape of what `write_and_project` returns as partial."""
+    num_tokens, n, num_channels = x.shape
+    tiles = config.choose_tiles("write_project", n, num_channels, x.dtype)
+    splits, _ = config.split_channels(num_channels, tiles["BC"], cdiv(num_tokens, tiles["BT"]))
+    return splits, _count_partial_rows(n, gram), num_tokens
 
 
 def compute_maps(
@@ -298,10 +307,9 @@ def _plan_projection(
     num_tokens, n, num_channels = x.shape
     num_blocks = cdiv(num_tokens, tiles["BT"])
     splits, tiles_split = config.split_channels(num_channels, tiles["BC"], num_blocks)
-    rows = len(phi) + 1 + (n * (n + 1) // 2 if gram else 0)
     arguments = {
         "phi_ptr": phi,
-        "partial_ptr": phi.new_empty(splits, rows, num_tokens),
+        "partial_ptr": phi.new_empty(splits, _count_partial_rows(n, gram), num_tokens),
         "T": num_tokens,
         "C": num_channels,
         "tiles_split": tiles_split,
@@ -309,3 +317,7 @@ def _plan_projection(
     precision = config.choose_precision(x.dtype, config.get_target())["PRECISION"]
     constants = {"N": n, "MP": config.pad_rows(n), "GRAM": gram, "PRECISION": precision}
     return arguments, constants, (num_blocks, splits)
+
+
+def _count_partial_rows(n: int, gram: bool) -> int:
+    return (n + 2) * n + 1 + (n * (n + 1) // 2 if gram else 0)

@@ -11,59 +11,93 @@ projections, the sum of squares, and with GRAM the N*(N+1)/2 numbers <x_i, x_j>,
 import triton
 import triton.language as tl
 
-from .language import dot_streams, locate_tokens
+from .language import add_products, dot_streams, locate_tokens, place_channels, place_operand, place_tokens, unzip
 
 
 @triton.jit
-def start_squares(BT: tl.constexpr, N: tl.constexpr, GRAM: tl.constexpr):
-    """Zeros for `add_squares`: the Gram numbers, or the sum of squares alone."""
+def start_squares(BT: tl.constexpr, BC: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr, GRAM: tl.constexpr):
+    """Zeros for `add_squares`, of tiles in DTYPE: the Gram numbers, or the sum of squares alone, in parts of a row."""
+    V: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     sums = ()
     for _ in tl.static_range(N * (N + 1) // 2 if GRAM else 1):
-        sums += (tl.zeros((BT,), tl.float32),)
+        sums += (tl.zeros((BT, BC // V), tl.float32),)
     return sums
 
 
 @triton.jit
-def add_squares(sums, x, N: tl.constexpr, GRAM: tl.constexpr):
+def add_squares(sums, x, BT: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, GRAM: tl.constexpr):
     """`sums` and the products of a tile of all streams, x a tuple of N [BT, BC]."""
+    V: tl.constexpr = 128 // x[0].dtype.primitive_bitwidth
+    parts = ()
+    for i in tl.static_range(N):
+        parts += (unzip(x[i], V, BT, BC),)
     result = ()
     if GRAM:
         for i in tl.static_range(N):
             for j in tl.static_range(i + 1):
-                product = tl.sum(x[i].to(tl.float32) * x[j].to(tl.float32), 1)
-                result += (sums[i * (i + 1) // 2 + j] + product,)
+                result += (add_products(sums[i * (i + 1) // 2 + j], parts[i], parts[j], V),)
     else:
-        total = x[0].to(tl.float32) * x[0].to(tl.float32)
-        for i in tl.static_range(1, N):
-            total += x[i].to(tl.float32) * x[i].to(tl.float32)
-        result += (sums[0] + tl.sum(total, 1),)
+        total = sums[0]
+        for i in tl.static_range(N):
+            total += add_products(tl.zeros_like(total), parts[i], parts[i], V)
+        result += (total,)
     return result
 
 
 @triton.jit
-def project_stream(x, phi_ptr, i: tl.constexpr, c, m, C, projected, N: tl.constexpr, PRECISION: tl.constexpr):
-    """projected [BT, MP] plus phi's share of a tile of stream i, x [BT, BC]."""
+def project_stream(
+    x,
+    phi_ptr,
+    i: tl.constexpr,
+    first,
+    m,
+    C,
+    projected,
+    N: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REORDER: tl.constexpr,
+):
+    """projected [BT, MP] plus phi's share of a tile of stream i, x [BT, BC], channels from `first` on."""
     M: tl.constexpr = (N + 2) * N
+    c = first + place_channels(BC, REORDER)
     phi = tl.load(
         phi_ptr + m[None, :] * (N * C) + (i * C + c)[:, None], mask=(m < M)[None, :] & (c < C)[:, None], other=0.0
     )
-    return dot_streams(x, phi, projected, PRECISION)
+    return dot_streams(place_operand(x, BT, BC, REORDER), phi, projected, PRECISION)
 
 
 @triton.jit
-def store_partial(partial_ptr, projected, sums, t, exists, T, m, N: tl.constexpr, GRAM: tl.constexpr):
+def store_partial(
+    partial_ptr,
+    projected,
+    sums,
+    t,
+    T,
+    m,
+    N: tl.constexpr,
+    BT: tl.constexpr,
+    GRAM: tl.constexpr,
+    REORDER: tl.constexpr,
+):
     """This split's rows of partial."""
     M: tl.constexpr = (N + 2) * N
     ROWS: tl.constexpr = M + 1 + (N * (N + 1) // 2 if GRAM else 0)
     row = tl.program_id(1).to(tl.int64) * ROWS
-    tl.store(partial_ptr + (row + m)[None, :] * T + t[:, None], projected, mask=exists[:, None] & (m < M)[None, :])
-    squares = sums[0]
+    placed = place_tokens(t, tl.program_id(0).to(tl.int64) * BT, BT, REORDER)
+    kept = (placed < T)[:, None] & (m < M)[None, :]
+    tl.store(partial_ptr + (row + m)[None, :] * T + placed[:, None], projected, mask=kept)
+    products = ()
+    for k in tl.static_range(N * (N + 1) // 2 if GRAM else 1):
+        products += (tl.sum(sums[k], 1),)
+    squares = products[0]
     if GRAM:
         for i in tl.static_range(1, N):
-            squares += sums[i * (i + 1) // 2 + i]
+            squares += products[i * (i + 1) // 2 + i]
         for k in tl.static_range(N * (N + 1) // 2):
-            tl.store(partial_ptr + (row + M + 1 + k) * T + t, sums[k], mask=exists)
-    tl.store(partial_ptr + (row + M) * T + t, squares, mask=exists)
+            tl.store(partial_ptr + (row + M + 1 + k) * T + t, products[k], mask=t < T)
+    tl.store(partial_ptr + (row + M) * T + t, squares, mask=t < T)
 
 
 @triton.jit(do_not_specialize=["T", "tiles_split"])
@@ -86,7 +120,7 @@ def project_fwd_kernel(
     split = tl.program_id(1)
     m = tl.arange(0, MP)
     projected = tl.zeros((BT, MP), tl.float32)
-    sums = start_squares(BT, N, GRAM)
+    sums = start_squares(BT, BC, x_ptr.dtype.element_ty, N, GRAM)
     # whole tiles, or the compiler could not prove a load aligned and would make it number by number
     for tile in range(split * tiles_split, min(tl.cdiv(C, BC), (split + 1) * tiles_split)):
         c = tile * BC + tl.arange(0, BC)
@@ -95,6 +129,6 @@ def project_fwd_kernel(
         for i in tl.static_range(N):
             x += (tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0),)
         for i in tl.static_range(N):
-            projected = project_stream(x[i], phi_ptr, i, c, m, C, projected, N, PRECISION)
-        sums = add_squares(sums, x, N, GRAM)
-    store_partial(partial_ptr, projected, sums, t, exists, T, m, N, GRAM)
+            projected = project_stream(x[i], phi_ptr, i, tile * BC, m, C, projected, N, BT, BC, PRECISION, False)
+        sums = add_squares(sums, x, BT, BC, N, GRAM)
+    store_partial(partial_ptr, projected, sums, t, T, m, N, BT, GRAM, False)

@@ -12,7 +12,7 @@ what goes along x itself, and with NORM what makes du of the gradient of the nor
 import triton
 import triton.language as tl
 
-from .language import dot_weights, locate_tokens, narrow, store_rows
+from .language import add_products, dot_weights, locate_tokens, narrow, store_rows, unzip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -37,28 +37,32 @@ def dots_bwd_kernel(
     """
     t, exists, T = locate_tokens(T, BT)
     NUM_DOTS: tl.constexpr = (N if BRANCH else 0) + (N * N if MIX else 0)
+    V: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     sums = ()
     for _ in tl.static_range(NUM_DOTS):
-        sums += (tl.zeros((BT, BC), tl.float32),)
+        sums += (tl.zeros((BT, BC // V), tl.float32),)
     for start in range(0, C, BC):
         c = start + tl.arange(0, BC)
         inside = exists[:, None] & (c < C)[None, :]
         x = ()
         for j in tl.static_range(N):
             tile = tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0)
-            x += (tile.to(tl.float32),)
+            x += (unzip(tile, V, BT, BC),)
         next_sums = ()
         if BRANCH:
             du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
             if NORM:
-                du *= tl.load(gain_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+                # one a token, from the cache: a row spread over the tile would pass through shared memory
+                channels = tl.broadcast_to(c[None, :], (BT, BC))
+                du *= tl.load(gain_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+            du = unzip(du, V, BT, BC)
             for j in tl.static_range(N):
-                next_sums += (sums[j] + x[j] * du,)
+                next_sums += (add_products(sums[j], x[j], du, V),)
         if MIX:
             for i in tl.static_range(N):
-                g = tl.load(g_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+                g = unzip(tl.load(g_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0), V, BT, BC)
                 for j in tl.static_range(N):
-                    next_sums += (sums[(N if BRANCH else 0) + i * N + j] + x[j] * g,)
+                    next_sums += (add_products(sums[(N if BRANCH else 0) + i * N + j], g, x[j], V),)
         sums = next_sums
     dots = ()
     for k in tl.static_range(NUM_DOTS):

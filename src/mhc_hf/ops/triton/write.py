@@ -72,15 +72,21 @@ def write_project_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
+    REORDER: tl.constexpr,
 ):
     """`write_kernel`, and `project_fwd_kernel` of what it wrote. Grid: (T / BT, SPLITS) of tiles_split tiles each."""
     t, exists, T = locate_tokens(T, BT)
     split = tl.program_id(1)
     m = tl.arange(0, MP)
-    h_post = load_rows(h_post_ptr, 0, t, exists, T, N)
+    loaded = load_rows(h_post_ptr, 0, t, exists, T, N)
+    h_post = ()
+    for i in tl.static_range(N):
+        # changes nothing. From a product's operand back to what is loaded there must not only be arithmetic, or the
+        # compiler mixes streams in the layout of the operands, a second time or with every number several times
+        h_post += (tl.where(exists, loaded[i], 0.0),)
     h_res = load_rows(h_res_ptr, 0, t, exists, T, N * N)
     projected = tl.zeros((BT, MP), tl.float32)
-    sums = start_squares(BT, N, GRAM)
+    sums = start_squares(BT, BC, out_ptr.dtype.element_ty, N, GRAM)
     for tile in range(split * tiles_split, min(tl.cdiv(C, BC), (split + 1) * tiles_split)):
         c = tile * BC + tl.arange(0, BC)
         inside = exists[:, None] & (c < C)[None, :]
@@ -96,10 +102,10 @@ def write_project_kernel(
             # what the next site reads is what memory holds, rounded
             out = narrow(total, out_ptr.dtype.element_ty)
             tl.store(out_ptr + (t * N + i)[:, None] * C + c[None, :], out, mask=inside)
-            # changes nothing, and keeps the compiler from mixing in the layout of the product's operands, which holds
-            # every number several times
-            out = tl.where(inside, out, 0.0)
-            projected = project_stream(out, phi_ptr, i, c, m, C, projected, N, PRECISION)
             written += (out,)
-        sums = add_squares(sums, written, N, GRAM)
-    store_partial(partial_ptr, projected, sums, t, exists, T, m, N, GRAM)
+        for i in tl.static_range(N):
+            projected = project_stream(
+                written[i], phi_ptr, i, tile * BC, m, C, projected, N, BT, BC, PRECISION, REORDER
+            )
+        sums = add_squares(sums, written, BT, BC, N, GRAM)
+    store_partial(partial_ptr, projected, sums, t, T, m, N, BT, GRAM, REORDER)
