@@ -4,8 +4,8 @@
 
 The layer is a LLaMA's as the library widens it, whose attention and MLP hand on what they get: all of its time is that
 of two sites and their norms. Printed and written to benchmarks/results/: each kernel's time and rows of traffic as a
-fraction of a copy measured in the same run; forward and backward of a site, replayed as CUDA graphs, so that Python has
-no part in it; whether replaying gives the bits of running, whether running twice does; compilations at other sequence
+fraction of a copy measured in the same run; forward and backward of a site, one of eight in four layers that follow
+each other, replayed as CUDA graphs, so that Python has no part in it; whether replaying gives the bits of running, whether running twice does; compilations at other sequence
 lengths; launches a site of one decoded token. Without a GPU it runs in Triton's interpreter (TRITON_INTERPRET=1), where
 times mean nothing. Shapes: T tokens, n streams, C channels.
 """
@@ -30,6 +30,8 @@ from mhc_hf import HyperConnection, MHCConfig
 from mhc_hf.ops import backends
 from mhc_hf.ops.triton import record
 
+# layers in a row whose sites are timed: but for the first, each finds its projections made
+NUM_LAYERS = 4
 OTHER_LENGTHS = (1, 17, 100, 1000, 1024, 5000)
 
 
@@ -57,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     report["launches_a_site_decoding"] = count_decoding_launches(layer, streams)
     report["kernels"] = measure_kernels(layer, streams, num_channels, copy_rate, arguments.rounds)
     if device.type == "cuda":
-        report |= measure_site(layer, streams, arguments.rounds)
+        layers = make_layers(arguments.streams, num_channels, streams.dtype, device, NUM_LAYERS)
+        report |= measure_site(layers, streams, arguments.rounds)
     print_results(report)
     write_report(report, arguments.output or RESULTS / f"kernels-{device.type}.json")
 
@@ -80,28 +83,29 @@ def prepare(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         # the interpreter stands for the device; what chooses by device must too
         backends._TRITON_DEVICES = (*backends._TRITON_DEVICES, "cpu")
     torch.manual_seed(0)
-    layer = make_layer(arguments.streams, arguments.channels, dtype, device)
+    layer = make_layers(arguments.streams, arguments.channels, dtype, device, 1)[0]
     shape = (1, arguments.tokens, arguments.streams * arguments.channels)
     return layer, torch.randn(shape, device=device).to(dtype).requires_grad_()
 
 
-def make_layer(n: int, num_channels: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A layer between others, [B, S, n*C] -> [B, S, n*C], with random maps and norms."""
-    config = LlamaConfig(
-        hidden_size=num_channels, intermediate_size=8, num_attention_heads=1, num_hidden_layers=3, vocab_size=8
-    )
+def make_layers(n: int, num_channels: int, dtype: torch.dtype, device: torch.device, num_layers: int) -> nn.Sequential:
+    """Layers between others, [B, S, n*C] -> [B, S, n*C], with random maps and norms."""
+    sizes = {"hidden_size": num_channels, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+    config = LlamaConfig(**sizes, num_hidden_layers=num_layers + 2)
     with torch.device("meta"):
         model = AutoModel.from_config(MHCConfig.from_base(config, hc_mult=n))
-    layer = model.layers[1]
-    layer.self_attn, layer.mlp = HandOn(), HandOn()
-    layer.to_empty(device=device).to(dtype)
-    for module in layer.modules():
+    layers = nn.Sequential(*model.layers[1:-1])
+    for layer in layers:
+        layer.self_attn, layer.mlp = HandOn(), HandOn()
+    layers.to_empty(device=device).to(dtype)
+    for module in layers.modules():
         if isinstance(module, HyperConnection):
             module.reset_parameters()
             nn.init.normal_(module.phi, std=0.02)
-    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-        nn.init.normal_(norm.weight, mean=1, std=0.1)
-    return layer
+    for layer in layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            nn.init.normal_(norm.weight, mean=1, std=0.1)
+    return layers
 
 
 def differentiate(layer: nn.Module, streams: Tensor) -> tuple[Tensor, ...]:
@@ -190,11 +194,11 @@ def find_kernels() -> dict[str, Any]:
     return {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
-def measure_site(layer: nn.Module, streams: Tensor, num_rounds: int) -> dict[str, Any]:
-    """Forward and backward of a site, half a layer's, as CUDA graphs; and whether those compute what running does."""
-    want = differentiate(layer, streams)
-    forward, _ = capture(lambda: (layer(streams),))
-    both, got = capture(lambda: differentiate(layer, streams))
+def measure_site(layers: nn.Sequential, streams: Tensor, num_rounds: int) -> dict[str, Any]:
+    """Forward and backward of a site, as CUDA graphs of all; and whether those compute what running does."""
+    want = differentiate(layers, streams)
+    forward, _ = capture(lambda: (layers(streams),))
+    both, got = capture(lambda: differentiate(layers, streams))
     for tensor in got:
         tensor.detach().fill_(float("nan"))
     both.replay()
@@ -203,7 +207,10 @@ def measure_site(layer: nn.Module, streams: Tensor, num_rounds: int) -> dict[str
     middle = {name: 1e6 * statistics.median(seconds) for name, seconds in times.items()}
     return {
         "graph_same_bits": same,
-        "site_us": {"forward": middle["forward"] / 2, "backward": (middle["both"] - middle["forward"]) / 2},
+        "site_us": {
+            "forward": middle["forward"] / (2 * len(layers)),
+            "backward": (middle["both"] - middle["forward"]) / (2 * len(layers)),
+        },
     }
 
 
