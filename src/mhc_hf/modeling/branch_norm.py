@@ -47,6 +47,6 @@ def is_local(parameter: Tensor, x: Tensor) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether anybody watches a module or one inside it."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
-    )
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return any(is_hooked(child) for child in module._modules.values() if child is not None)

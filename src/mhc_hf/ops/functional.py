@@ -297,12 +297,12 @@ def site_write_project(x: Tensor, branch_out: Tensor, site: SiteRead, phi: Tenso
     no gradient here: all of it comes from `site_read_projected`.
     """
     check_branch(x, branch_out)
-    arguments = (_flatten_tokens(x), _flatten_branch(branch_out), site.h_post, site.h_res, *_match(x, phi.detach()))
+    arguments = (_flatten_tokens(x), _flatten_branch(branch_out), site.h_post, site.h_res)
     if site.link is None:
         launch: Any = registered.get_implementation("triton")
-        x_next, partial = launch.write_project(*arguments, gram=True)
+        x_next, partial = launch.write_project(*arguments, *_match(x, phi), gram=True)
     else:
-        x_next, partial = ahead.write_project(site.link, *arguments, "triton")
+        x_next, partial = ahead.write_project(site.link, *arguments, *_match(x, phi.detach()), "triton")
     return x_next.view_as(x), Projections(partial, phi)
 
 
@@ -399,7 +399,7 @@ def _flatten_branch(branch_out: Tensor) -> Tensor:
 
 def _unflatten_branch(branch: Tensor, x: Tensor) -> Tensor:
     """[T, C] -> [..., C], a view."""
-    return branch.view(*x.shape[:-2], x.shape[-1])
+    return branch.view(x.shape[:-2] + x.shape[-1:])
 
 
 def _flatten_map(h: Tensor, x: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ A configuration is tile sizes (BT tokens, BC or BK channels) and Triton's num_wa
 compiles in seconds; another batch or sequence length compiles nothing, for T never becomes a constant.
 """
 
+from functools import cache
+
 import torch
-from triton import knobs, next_power_of_2
+from triton import knobs
 
 # kernel -> for n <= 4, for n > 4: (BT, BC, num_warps, num_stages). memory-bound kernels: 8 channels a thread and stream
 # make a 16-byte load in bf16; where n*n sums a channel live in registers, 4 and 2. matrix units want BT >= 32
@@ -43,9 +45,11 @@ _MAX_SPLITS = 32
 
 def choose_tiles(kernel: str, n: int, num_channels: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """Tile sizes, num_warps and num_stages of a kernel for n streams of C channels."""
-    tiles = _TILES if dtype == torch.bfloat16 else _TILES | _WIDE_TILES
-    if get_target() == "hip":
-        tiles = tiles | _HIP_TILES
+    tiles = _TILES
+    if kernel in _WIDE_TILES and dtype != torch.bfloat16:
+        tiles = _WIDE_TILES
+    if kernel in _HIP_TILES and get_target() == "hip":
+        tiles = _HIP_TILES
     tokens, channels, num_warps, num_stages = tiles[kernel][0 if n <= 4 else 1]
     if channels == 1:
         return {"BT": tokens, "num_warps": num_warps, "num_stages": num_stages}
@@ -72,6 +76,7 @@ def choose_precision(dtype: torch.dtype, target: str) -> dict[str, str]:
     return {"PRECISION": wide, "OUT_PRECISION": wide}
 
 
+@cache
 def get_target() -> str:
     """ "cuda", "hip" or "xpu"; "interpreter" where kernels are interpreted."""
     if knobs.runtime.interpret:
@@ -86,12 +91,23 @@ def pad_rows(n: int) -> int:
     return max(16, next_power_of_2((n + 2) * n))
 
 
+# triton's own two are made for kernels, and cost a decoder as much as a launcher does
+def next_power_of_2(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def cdiv(length: int, tile: int) -> int:
+    """Tiles that cover a length."""
+    return -(-length // tile)
+
+
 def split_work(length: int, tile: int, num_programs: int, most: int) -> tuple[int, int]:
     """How a loop over `length` in steps of `tile` is shared by programs: (parts, tiles of a part)."""
-    num_tiles = max(1, -(-length // tile))
-    parts = max(1, min(most, num_tiles, -(-_PROGRAMS // max(1, num_programs))))
-    tiles_per_part = -(-num_tiles // parts)
-    return -(-num_tiles // tiles_per_part), tiles_per_part
+    num_tiles = max(1, cdiv(length, tile))
+    parts = max(1, min(most, num_tiles, cdiv(_PROGRAMS, max(1, num_programs))))
+    tiles_per_part = cdiv(num_tiles, parts)
+    return cdiv(num_tiles, tiles_per_part), tiles_per_part
 
 
 def split_channels(length: int, tile: int, num_programs: int) -> tuple[int, int]:

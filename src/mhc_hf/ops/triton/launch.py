@@ -9,9 +9,9 @@ and branch_inv_rms [T] and read_dots [n, T] are returned besides, for backward.
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from . import config, passes, sinkhorn
+from .config import cdiv
 from .record import run_kernel
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from ..sinkhorn import count_log_iters
 from . import collapse, config, ends, maps, project, read_backward, write
+from .config import cdiv
 from .record import run_kernel
 
 
@@ -90,9 +90,9 @@ def compute_maps(
 
     With `gain` branch_in is normed, and branch_inv_rms [T] and read_dots [n, T] follow at the end.
     """
-    num_tokens, n, num_channels = x.shape
+    (num_tokens, n, num_channels), (num_splits, rows, _) = x.shape, partial.shape
     h_post, h_res = partial.new_empty(n, num_tokens), partial.new_empty(n, n, num_tokens)
-    projected, inv_rms = partial.new_empty(len(bias), num_tokens), partial.new_empty(num_tokens)
+    projected, inv_rms = partial.new_empty((n + 2) * n, num_tokens), partial.new_empty(num_tokens)
     first = x.new_empty(num_tokens, num_channels) if collapses else partial.new_empty(n, num_tokens)
     normed = () if gain is None else (partial.new_empty(num_tokens), partial.new_empty(n, num_tokens))
     branch_inv_rms, read_dots = normed or (None, None)
@@ -102,7 +102,7 @@ def compute_maps(
         parts, tiles_part = config.split_work(num_channels, tiles["BC"], num_blocks, num_channels)
     arguments = {
         "partial_ptr": partial,
-        "totals_ptr": partial if len(partial) == 1 else torch.empty_like(partial[0]),
+        "totals_ptr": partial if num_splits == 1 else partial.new_empty(rows, num_tokens),
         "bias_ptr": bias,
         "alpha_ptr": alpha,
         "x_ptr": x if collapses else None,
@@ -118,8 +118,8 @@ def compute_maps(
         "T": num_tokens,
         "C": num_channels,
         **count_iters(n, num_iters),
-        "num_splits": len(partial),
-        "rows": partial.shape[1],
+        "num_splits": num_splits,
+        "rows": rows,
         "tiles_part": tiles_part,
         "norm_eps": norm_eps,
         "gain_eps": gain_eps,

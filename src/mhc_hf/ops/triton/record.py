@@ -5,7 +5,7 @@ stream-sized argument once, so its rows are the sizes of those arguments; number
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +46,14 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], co
         _recorded.append(Launch(kernel.__name__, grid, arguments | constants))
     if 0 in grid:
         return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    device = next(value for value in arguments.values() if value is not None).device
     if device.type == "meta":
         return
-    with nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
+    if device.type == "cpu" or device.index == (devices := torch.get_device_module(device)).current_device():
         kernel[grid](**arguments, **constants)
+    else:
+        with devices.device(device):
+            kernel[grid](**arguments, **constants)
 
 
 def count_rows(launch: Launch, num_tokens: int, num_channels: int) -> int:
