@@ -5,9 +5,9 @@
 The layer is a LLaMA's as the library widens it, whose attention and MLP hand on what they get: all of its time is that
 of two sites and their norms. Printed and written to benchmarks/results/: each kernel's time and rows of traffic as a
 fraction of a copy measured in the same run; forward and backward of a site, one of eight in four layers that follow
-each other, replayed as CUDA graphs, so that Python has no part in it; whether replaying gives the bits of running, whether running twice does; compilations at other sequence
-lengths; launches a site of one decoded token. Without a GPU it runs in Triton's interpreter (TRITON_INTERPRET=1), where
-times mean nothing. Shapes: T tokens, n streams, C channels.
+each other, replayed as CUDA graphs, so that Python has no part in it; whether replaying gives the bits of running,
+whether running twice does; compilations at other sequence lengths; launches a site of one decoded token. Without a GPU
+it runs in Triton's interpreter (TRITON_INTERPRET=1), where times mean nothing. Shapes: T tokens, n streams, C channels.
 """
 
 import argparse

@@ -37,10 +37,9 @@ def test_layers_train_with_their_sites_and_norms_joined(figures):
     # the first site has nobody before it, the last one nobody after it
     joined = [*READ, *(3 * WRITE_READ), "write"]
     assert figures["training"][1] == joined + 4 * SITE_BACKWARD
-    # under PEFT too, where the sites are wrapped
-    assert figures["adapted"][1] == joined + 4 * SITE_BACKWARD
-    # a compiler sees one layer after the other
+    # under PEFT, where the sites are wrapped, and for a compiler, one layer follows the other
     layers = 2 * [*READ, *WRITE_READ, "write"]
+    assert figures["adapted"][1] == layers + 4 * SITE_BACKWARD
     assert figures["compiled"][1][-len(layers) - 16 :] == layers + 4 * SITE_BACKWARD
 
 

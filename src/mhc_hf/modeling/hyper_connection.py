@@ -143,7 +143,8 @@ class HyperConnection(nn.Module):
             return write_anew(x, branch_out, site).flatten(-2)
         if joins.collapses and joins_ahead(x, self.hc_mult):
             return Collapsed(site_write_collapse(x, branch_out, site))
-        if joins.next_site is None:
+        # where one trains and the other does not, PEFT has put a copy in the other's place: it would project in vain
+        if joins.next_site is None or joins.next_site.phi.requires_grad != self.phi.requires_grad:
             return site_write(x, branch_out, site).flatten(-2)
         return write_ahead(x, branch_out, site, joins.next_site)
 

@@ -61,7 +61,7 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         # by class, of those that a site may apply itself: a wrapper or another norm may take their place later
         self.leading_norms = {site: _llama_norm_class(chain, base_layer) for site, chain in self.chains.items()}
         # in a tuple, so that it is no sub-module of this layer
-        self._next_layer: tuple[MHCDecoderLayer, ...] = ()
+        self._next_site: tuple[HyperConnection, ...] = ()
         # the family's arguments after self and hidden_states, with their defaults
         parameters = list(inspect.signature(type(base_layer).forward).parameters.values())[2:]
         named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -96,7 +96,7 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
     def hand_on_to(self, layer: "MHCDecoderLayer") -> None:
         """Tell this layer which one reads its streams: it can do that one's projections with its last write."""
         if self.stream_scale is None and not self.collapses:
-            self._next_layer = (layer,)
+            self._next_site = (layer._first_site(),)
 
     def _first_site(self) -> Any:
         return getattr(self, next(iter(self.chains)))
@@ -112,9 +112,8 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         # a hook on a site is to see streams that are written
         if site != last:
             return steps, Joins(norm, defers=not any(is_hooked(getattr(self, name)) for name in self.chains))
-        if self._next_layer:
-            # asked for now: PEFT may have put another in its place
-            return steps, Joins(norm, next_site=self._next_layer[0]._first_site())
+        if self._next_site:
+            return steps, Joins(norm, next_site=self._next_site[0])
         collapses = self.collapses and self.stream_scale is None and not is_hooked(getattr(self, site))
         return steps, Joins(norm, collapses=collapses)
 
