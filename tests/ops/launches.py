@@ -37,7 +37,7 @@ _KERNELS = {
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _OPTIONS = ("num_warps", "num_stages")
 # constants that tell one compilation of a kernel from another, for the table
-_FLAGS = ("COLLAPSE", "DOTS", "BRANCH", "MIX", "TRANSPOSED", "HAS_RES_DOTS", "HAS_H_RES", "GRAM", "NORM")
+_FLAGS = ("COLLAPSE", "DOTS", "BRANCH", "MIX", "TRANSPOSED", "HAS_RES_DOTS", "HAS_H_RES", "GRAM", "NORM", "SAVES")
 
 
 def record_ops(n: int, num_channels: int, dtype: torch.dtype, num_tokens: int = 1024) -> dict[str, list[record.Launch]]:
@@ -74,7 +74,9 @@ def record_ops(n: int, num_channels: int, dtype: torch.dtype, num_tokens: int = 
         "write_project": lambda: launch.write_project(x, branch, h, h_res, phi, True),
         "widen_project": lambda: launch.widen_project(branch, n, phi, True),
         "write_collapse": lambda: launch.write_collapse(x, branch, h, h_res),
-        "read_projected": lambda: launch.read_projected(numbers(1, m + 1, num_tokens), x, bias, alpha, 20, 1e-6),
+        "read_projected": lambda: launch.read_projected(
+            numbers(*launch.shape_partial(x)), x, bias, alpha, 20, 1e-6, *norm, saves=False
+        ),
         "read_normed": lambda: launch.read(x, *parameters, 20, 1e-6, *norm),
         "read_normed backward": lambda: launch.backpropagate_read(
             x, *parameters, *saved, branch, None, h, None, x, *norm_saved

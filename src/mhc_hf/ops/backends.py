@@ -34,7 +34,9 @@ def choose_backend(backend: str, x: Tensor, n: int) -> str:
 
 def runs_on_triton(x: Tensor, n: int) -> bool:
     """Whether "auto" takes the Triton kernels for streams like `x`; where it does not, next to no time is lost."""
-    return (x.device.type in _TRITON_DEVICES or _is_interpreted()) and explain_no_triton(x, n) is None
+    if x.device.type not in _TRITON_DEVICES and not _is_interpreted():
+        return False
+    return has_triton() and _explain_no_kernel(x, n) is None
 
 
 def explain_no_backend(backend: str, x: Tensor, n: int) -> str | None:

@@ -248,12 +248,17 @@ def site_write_read(
         x_next = site_write(x, branch_out, site, backend=backend)
         keywords: Any = {"num_iters": num_iters, "norm_eps": norm_eps, "branch_norm": branch_norm, "backend": backend}
         return x_next, site_read(x_next, phi, bias, alpha, **keywords)
+    if branch_norm is not None:
+        check_branch_norm(x, branch_norm.weight)
+    if site.link is None and chosen == "triton":
+        launch: Any = registered.get_implementation("triton")
+        x_next, *outputs = launch.write_read(*arguments, num_iters, norm_eps, *(branch_norm or ()), saves=False)
+        return x_next.view_as(x), _make_site(outputs, x)
     op: str
     numbers: tuple[Any, ...]
     if branch_norm is None:
         op, numbers = "write_read", (num_iters, norm_eps)
     else:
-        check_branch_norm(x, branch_norm.weight)
         op, numbers = "write_read_normed", (branch_norm.weight, num_iters, norm_eps, branch_norm.eps)
     if site.link is None:
         x_next, *outputs = _compute(op, chosen, *arguments, *numbers)
@@ -321,8 +326,8 @@ def site_read_projected(
     streams, parameters = _flatten_tokens(x), _match(x, phi, bias, alpha)
     if not _records_graph((x, *parameters, *(branch_norm or ()))):
         launch: Any = registered.get_implementation("triton")
-        norm = branch_norm or ()
-        return _make_site(launch.read_projected(partial, streams, *parameters[1:], num_iters, norm_eps, *norm), x)
+        arguments = (partial, streams, *parameters[1:], num_iters, norm_eps, *(branch_norm or ()))
+        return _make_site(launch.read_projected(*arguments, saves=False), x)
     if branch_norm is None:
         outputs = ahead.read_projected(streams, *parameters, partial, num_iters, norm_eps, "triton")
     else:
@@ -399,7 +404,7 @@ def _flatten_branch(branch_out: Tensor) -> Tensor:
 
 def _unflatten_branch(branch: Tensor, x: Tensor) -> Tensor:
     """[T, C] -> [..., C], a view."""
-    return branch.view(x.shape[:-2] + x.shape[-1:])
+    return branch.view(*x.shape[:-2], x.shape[-1])
 
 
 def _flatten_map(h: Tensor, x: Tensor) -> Tensor:

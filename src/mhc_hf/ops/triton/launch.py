@@ -7,6 +7,8 @@ token-last: h_pre [n, T], h_post [n, T], h_res [n, n, T], projected [m, T], inv_
 and branch_inv_rms [T] and read_dots [n, T] are returned besides, for backward.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,10 +81,15 @@ def write_read(
     norm_eps: float,
     gain: Tensor | None = None,
     gain_eps: float = 0.0,
+    *,
+    saves: bool = True,
 ) -> tuple[Tensor, ...]:
-    """`post_res`, then the next site's `read` of it: x_next and what `read` returns. Two kernels, 3n+2 rows."""
+    """`post_res`, then the next site's `read` of it: x_next and what `read` returns. Two kernels, 3n+2 rows.
+
+    Without `saves` nothing is returned, or written, that only backward needs.
+    """
     x_next, partial = write_project(x, branch_out, h_post, h_res, phi, gram=gain is not None)
-    return x_next, *read_projected(partial, x_next, bias, alpha, num_iters, norm_eps, gain, gain_eps)
+    return x_next, *read_projected(partial, x_next, bias, alpha, num_iters, norm_eps, gain, gain_eps, saves=saves)
 
 
 def write_project(
@@ -109,11 +116,12 @@ def read_projected(
     norm_eps: float,
     gain: Tensor | None = None,
     gain_eps: float = 0.0,
+    *,
+    saves: bool = True,
 ) -> tuple[Tensor, ...]:
-    """`read` of streams whose projections are there. One kernel, n+1 rows."""
-    return passes.compute_maps(
-        partial, x, bias, alpha, num_iters, norm_eps, collapses=True, gain=gain, gain_eps=gain_eps
-    )
+    """`read` of streams whose projections are there; `saves` as in `write_read`. One kernel, n+1 rows."""
+    norm: Any = {"gain": gain, "gain_eps": gain_eps}
+    return passes.compute_maps(partial, x, bias, alpha, num_iters, norm_eps, collapses=True, saves=saves, **norm)
 
 
 def widen_project(hidden: Tensor, n: int, phi: Tensor, gram: bool) -> tuple[Tensor, Tensor]:

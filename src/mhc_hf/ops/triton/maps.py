@@ -57,7 +57,6 @@ def store_maps(
     inv_rms,
     alpha_ptr,
     bias_ptr,
-    projected_ptr,
     h_post_ptr,
     h_res_ptr,
     t,
@@ -67,9 +66,8 @@ def store_maps(
     log_iters,
     N: tl.constexpr,
 ):
-    """H_post and H_res of M projections, and these themselves."""
+    """H_post and H_res of M projections."""
     M: tl.constexpr = (N + 2) * N
-    store_rows(projected_ptr, 0, projected, t, exists, T, M)
     for k in tl.static_range(N):
         logit = make_logit(projected[N + k], inv_rms, alpha_ptr, bias_ptr, N + k, N)
         tl.store(h_post_ptr + k * T + t, 2 * tl.sigmoid(logit), mask=exists)
@@ -148,10 +146,13 @@ def maps_fwd_kernel(
     N: tl.constexpr,
     COLLAPSE: tl.constexpr,
     NORM: tl.constexpr,
+    SAVES: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
     """All maps of BT tokens; with COLLAPSE also branch_in = H_pre x, normed with NORM, h_pre staying on chip.
+
+    With SAVES what backward needs is stored too.
 
     Grid: (T / BT, PARTS). A part collapses tiles_part tiles of BC channels; every one makes its h_pre again, and the
     last one writes the numbers a token. Where there are several, that one has no channels: H_res takes its time.
@@ -167,13 +168,14 @@ def maps_fwd_kernel(
     for k in tl.static_range(N):
         h_pre += (tl.sigmoid(make_logit(projected[k], inv_rms, alpha_ptr, bias_ptr, k, N)),)
     if is_last:
-        tl.store(inv_rms_ptr + t, inv_rms, mask=exists)
+        if SAVES:
+            tl.store(inv_rms_ptr + t, inv_rms, mask=exists)
+            store_rows(projected_ptr, 0, projected, t, exists, T, M)
         store_maps(
             projected,
             inv_rms,
             alpha_ptr,
             bias_ptr,
-            projected_ptr,
             h_post_ptr,
             h_res_ptr,
             t,
@@ -189,7 +191,8 @@ def maps_fwd_kernel(
             gram += (projected[M + 1 + k],)
         squares, dots = square_branch_input(x_ptr, h_pre, gram, t, exists, C, N, BT, BC)
         branch_inv_rms = tl.rsqrt(squares / C + gain_eps)
-        if is_last:
+        if SAVES:
+            # all parts the same
             tl.store(branch_inv_rms_ptr + t, branch_inv_rms, mask=exists)
             store_rows(read_dots_ptr, 0, dots, t, exists, T, N)
     if COLLAPSE:

@@ -83,19 +83,24 @@ def compute_maps(
     norm_eps: float,
     *,
     collapses: bool,
+    saves: bool = True,
     gain: Tensor | None = None,
     gain_eps: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Maps from projections; the first is branch_in with `collapses` (n+1 rows), h_pre without.
 
-    With `gain` branch_in is normed, and branch_inv_rms [T] and read_dots [n, T] follow at the end.
+    With `gain` branch_in is normed. After the maps, with `saves`, comes what backward needs: projected, inv_rms, and
+    with `gain` branch_inv_rms [T] and read_dots [n, T].
     """
     (num_tokens, n, num_channels), (num_splits, rows, _) = x.shape, partial.shape
     h_post, h_res = partial.new_empty(n, num_tokens), partial.new_empty(n, n, num_tokens)
-    projected, inv_rms = partial.new_empty((n + 2) * n, num_tokens), partial.new_empty(num_tokens)
     first = x.new_empty(num_tokens, num_channels) if collapses else partial.new_empty(n, num_tokens)
-    normed = () if gain is None else (partial.new_empty(num_tokens), partial.new_empty(n, num_tokens))
-    branch_inv_rms, read_dots = normed or (None, None)
+    saved: tuple[Tensor, ...] = ()
+    if saves:
+        saved = (partial.new_empty((n + 2) * n, num_tokens), partial.new_empty(num_tokens))
+        if gain is not None:
+            saved += (partial.new_empty(num_tokens), partial.new_empty(n, num_tokens))
+    projected, inv_rms, branch_inv_rms, read_dots = (*saved, None, None, None, None)[:4]
     tiles = config.choose_tiles("maps_fwd", n, num_channels, x.dtype)
     num_blocks, parts, tiles_part = cdiv(num_tokens, tiles["BT"]), 1, 0
     if collapses:
@@ -124,11 +129,11 @@ def compute_maps(
         "norm_eps": norm_eps,
         "gain_eps": gain_eps,
     }
-    constants = {"N": n, "COLLAPSE": collapses, "NORM": gain is not None}
+    constants = {"N": n, "COLLAPSE": collapses, "NORM": gain is not None, "SAVES": saves}
     # one more for H_res, where channels are shared
     grid = (num_blocks, parts if parts == 1 else parts + 1)
     run_kernel(maps.maps_fwd_kernel, grid, arguments, constants | tiles)
-    return first, h_post, h_res, projected, inv_rms, *normed
+    return first, h_post, h_res, *saved
 
 
 def collapse_streams(x: Tensor, weights: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
