@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     report["copy_GB_per_s"] = copy_rate and copy_rate / 1e9
     report["same_bits"] = repeats(layer, streams)
     report["compilations_at_other_lengths"] = count_compilations(layer, streams)
-    report["launches_a_site_decoding"] = count_decoding_launches(layer, streams)
+    report["launches_a_site_decoding"] = count_decoding_launches(arguments.streams, num_channels, streams)
     report["kernels"] = measure_kernels(layer, streams, num_channels, copy_rate, arguments.rounds)
     if device.type == "cuda":
         layers = make_layers(arguments.streams, num_channels, streams.dtype, device, NUM_LAYERS)
@@ -88,13 +88,17 @@ def prepare(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     return layer, torch.randn(shape, device=device).to(dtype).requires_grad_()
 
 
-def make_layers(n: int, num_channels: int, dtype: torch.dtype, device: torch.device, num_layers: int) -> nn.Sequential:
-    """Layers between others, [B, S, n*C] -> [B, S, n*C], with random maps and norms."""
+def make_layers(
+    n: int, num_channels: int, dtype: torch.dtype, device: torch.device, num_layers: int, *, whole: bool = False
+) -> nn.Sequential:
+    """Layers with random maps and norms: between others, [B, S, n*C] -> [B, S, n*C], or a `whole` model's,
+    [B, S, C] -> [B, S, C].
+    """
     sizes = {"hidden_size": num_channels, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
-    config = LlamaConfig(**sizes, num_hidden_layers=num_layers + 2)
+    config = LlamaConfig(**sizes, num_hidden_layers=num_layers if whole else num_layers + 2)
     with torch.device("meta"):
         model = AutoModel.from_config(MHCConfig.from_base(config, hc_mult=n))
-    layers = nn.Sequential(*model.layers[1:-1])
+    layers = nn.Sequential(*(model.layers if whole else model.layers[1:-1]))
     for layer in layers:
         layer.self_attn, layer.mlp = HandOn(), HandOn()
     layers.to_empty(device=device).to(dtype)
@@ -143,18 +147,24 @@ def listen_to_compilations() -> Iterator[list[str]]:
 
 
 @torch.no_grad()
-def count_decoding_launches(layer: nn.Module, streams: Tensor) -> int:
-    """Kernels of any kind that one token starts at a site without its branch; ours alone in the interpreter."""
-    token = streams[:, :1].contiguous()
-    layer.attn_hc(token, lambda x: x)
+def count_decoding_launches(n: int, num_channels: int, streams: Tensor) -> float:
+    """Kernels of any kind that one token starts in the layers of a model, but for the one that widens, for each site.
+
+    Ours alone in the interpreter.
+    """
+    layers = make_layers(n, num_channels, streams.dtype, streams.device, NUM_LAYERS, whole=True)
+    token = streams[:, :1, :num_channels].contiguous()
+    layers(token)
     if streams.device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            layer.attn_hc(token, lambda x: x)
+            layers(token)
             torch.cuda.synchronize(streams.device)
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-    with record.record_launches() as launches:
-        layer.attn_hc(token, lambda x: x)
-    return len(launches)
+        started = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    else:
+        with record.record_launches() as launches:
+            layers(token)
+        started = len(launches)
+    return (started - 1) / (2 * NUM_LAYERS)
 
 
 def measure_kernels(layer, streams, num_channels, copy_rate, num_rounds) -> list[dict[str, Any]]:

@@ -161,7 +161,7 @@ def judge(report: dict[str, Any]) -> list[dict[str, Any]]:
     launches = kernels.get("launches_a_site_decoding")
     if launches is not None:
         most = TARGETS["launches"]
-        claim("launches a site of a decoded token", launches, launches <= most, f"<= {most}")
+        claim("launches a site of a decoded token, after the widening", launches, launches <= most, f"<= {most}")
 
     for cell in report.get("ops", {}).get("results", []):
         contenders = cell["contenders"]
