@@ -18,17 +18,18 @@ _TILES = {
     "write": ((4, 256, 4, 1), (4, 128, 4, 1)),
     "write_project": ((64, 32, 8, 1), (32, 16, 8, 1)),
     "dots_bwd": ((4, 128, 4, 1), (4, 64, 4, 1)),
-    "streams_bwd": ((16, 64, 8, 1), (16, 16, 8, 1)),
+    # two programs a multiprocessor, each with two tiles on their way; under 99 KB, which every device since sm_80 has
+    "streams_bwd": ((16, 64, 4, 3), (16, 16, 8, 2)),
 }
 # float32 and float16 streams are multiplied in float32 or in pieces of it: twice the registers a number, or more
 _WIDE_TILES = {
     "project": ((64, 16, 4, 2), (32, 16, 4, 1)),
     "write_project": ((64, 16, 8, 1), (32, 16, 8, 1)),
-    "streams_bwd": ((16, 32, 8, 1), (16, 16, 8, 1)),
+    "streams_bwd": ((16, 32, 4, 3), (16, 16, 8, 1)),
 }
 # wavefronts of 64 threads, and 512 registers for each where there are few of them
 _HIP_TILES = {
-    "streams_bwd": ((16, 32, 4, 1), (16, 16, 4, 1)),
+    "streams_bwd": ((32, 32, 4, 1), (16, 16, 4, 1)),
 }
 # kernels whose channel tile is an operand of a matrix product: 16 is the least that Triton takes
 _MATRIX_KERNELS = ("project", "write_project", "streams_bwd")
@@ -50,16 +51,17 @@ def choose_tiles(kernel: str, n: int, num_channels: int, dtype: torch.dtype = to
     return {"BT": tokens, "BC": channels, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def choose_precision(dtype: torch.dtype, target: str) -> dict[str, str]:
+def choose_precision(dtype: torch.dtype, target: str, n: int = 4) -> dict[str, str]:
     """How products of streams and float32 are made.
 
     bfloat16 streams: float32 in three bfloat16 pieces (2e-7). Others: tf32 three times on NVIDIA, float32 elsewhere.
-    What is rounded to bfloat16 at once (OUT_PRECISION) needs one tf32 product (2e-4 against 4e-3).
+    What is rounded to bfloat16 at once (OUT_PRECISION) needs one tf32 product (2e-4 against 4e-3); the
+    pieces of another product with phi of 8 streams would fill more shared memory than most devices have.
     """
     wide = "tf32x3" if target == "cuda" else "ieee"
     if dtype == torch.bfloat16:
         return {"PRECISION": "split", "OUT_PRECISION": "tf32" if target == "cuda" else "ieee"}
-    return {"PRECISION": wide, "OUT_PRECISION": wide}
+    return {"PRECISION": wide, "OUT_PRECISION": wide if n < 8 else "ieee"}
 
 
 def get_target() -> str:
