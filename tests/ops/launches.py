@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,26 @@ def read_resources(compiled) -> dict[str, int]:
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
     return {"registers": registers, "spilled": stack + local, "shared": compiled.metadata.shared}
+
+
+def count_loop(compiled) -> Counter[str]:
+    """Instructions of the longest loop of a cubin, by the first part of their name."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    names: list[str] = []
+    labels, longest = {}, range(0)
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?(\w+)(.*)", line):
+            names.append(instruction[1])
+            target = re.search(r"`\((\.L_\w+)\)", instruction[2])
+            if target and target[1] in labels:
+                longest = max(longest, range(labels[target[1]], len(names)), key=len)
+    return Counter(names[longest.start : longest.stop])
 
 
 def main() -> None:
