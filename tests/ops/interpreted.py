@@ -207,6 +207,12 @@ def main() -> None:
         result[f"layer n={n} handed on, {dtype}"] = compare(ours, plain, site)
     few = functools.partial(pass_layer, num_iters=3)
     few_plainly = functools.partial(pass_layer_plainly, num_iters=3)
+    # sizes of a device, where one program has many tiles, one after the other
+    programs, config._PROGRAMS = config._PROGRAMS, 1
+    for dtype in (torch.float32, torch.bfloat16):
+        site = make_normed_site(4, 72, lead=(70,), dtype=dtype)
+        result[f"layer of long loops {dtype}"] = compare(few, few_plainly, site)
+    config._PROGRAMS = programs
     result["opposed streams"] = compare(few, few_plainly, oppose(make_normed_site(4, 600, lead=(19,)), 3e-3))
     for name, site in make_extreme_sites().items():
         got, want = differentiate(few, site), differentiate(pass_by_reference, widen(site))

@@ -10,6 +10,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LAYERS = [f"layer n={n} C=60 torch.float32" for n in range(2, 9)]
 LAYERS += ["layer n=4 C=60 torch.bfloat16", "layer n=4 C=60 torch.float16", "layer n=3 C=576 torch.bfloat16"]
 LAYERS += [f"layer n={n} handed on, torch.{dtype}" for n, dtype in ((3, "float32"), (2, "float32"), (4, "bfloat16"))]
+LAYERS += ["layer of long loops torch.float32", "layer of long loops torch.bfloat16"]
 OPS = [f"{name} n=3" for name in ("sinkhorn_knopp", "mhc_coefficients", "mhc_pre", "mhc_post_res", "mhc_pre_branch")]
 
 

@@ -61,3 +61,23 @@ def test_every_kernel_compiles_for_the_target_and_spills_nothing_where_the_tiles
         resources = launches.read_resources(launches.compile_launch(described, target))
         if target in ("sm_90", "gfx942"):
             assert resources["spilled"] == 0, described[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_streams_bwd_can_be_bound_by_memory_on_sm_90():
+    for described in launches.list_compilations("sm_90", 4096, torch.bfloat16):
+        kernel, _, constants, _ = described
+        if kernel != "streams_bwd_kernel":
+            continue
+        compiled = launches.compile_launch(described, "sm_90")
+        resources, loop = launches.read_resources(compiled), launches.count_loop(compiled)
+        rows = constants["N"] * (3 if constants["MIX"] else 2) + constants["BRANCH"]
+        num_bytes = 2 * rows * constants["BT"] * constants["BC"]
+        # 85 % of an H200's memory are 16 bytes a clock and multiprocessor, which issues up to 4 instructions in it
+        assert num_bytes >= 8.5 * constants["num_warps"] * loop.total()
+        assert 0 < loop["HGMMA"] and loop["BAR"] <= 8
+        # two programs at once, and two tiles on their way in each
+        assert 2 * 32 * constants["num_warps"] * resources["registers"] <= 65536
+        assert 2 * (resources["shared"] + 1024) <= 227 * 1024
+        assert loop["LDGSTS"] >= num_bytes * (rows - constants["N"]) // rows // (512 * constants["num_warps"])

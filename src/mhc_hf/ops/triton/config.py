@@ -22,19 +22,20 @@ _TILES = {
     "write": ((4, 256, 4, 1), (4, 128, 4, 1)),
     "write_project": ((64, 32, 4, 2), (32, 16, 8, 1)),
     "dots_bwd": ((4, 256, 4, 1), (4, 128, 4, 1)),
-    "streams_bwd": ((16, 64, 8, 1), (16, 16, 8, 1)),
+    # two programs a multiprocessor, each with two tiles on their way; under 99 KB, which every device since sm_80 has
+    "streams_bwd": ((16, 64, 4, 3), (16, 16, 8, 2)),
 }
 # float32 and float16 streams are multiplied in float32 or in pieces of it: twice the registers a number, or more
 _WIDE_TILES = {
     "project": ((64, 16, 4, 2), (32, 16, 4, 1)),
     "widen_project": ((64, 16, 4, 2), (32, 16, 4, 1)),
     "write_project": ((64, 16, 8, 1), (32, 16, 8, 1)),
-    "streams_bwd": ((16, 32, 8, 1), (16, 16, 8, 1)),
+    "streams_bwd": ((16, 32, 4, 3), (16, 16, 8, 1)),
 }
 # wavefronts of 64 threads, and 512 registers for each where there are few of them
 _HIP_TILES = {
     "write_project": ((64, 32, 4, 1), (32, 16, 4, 1)),
-    "streams_bwd": ((16, 32, 4, 1), (16, 16, 4, 1)),
+    "streams_bwd": ((32, 32, 4, 1), (16, 16, 4, 1)),
 }
 # kernels whose channel tile is an operand of a matrix product: 16 is the least that Triton takes
 _MATRIX_KERNELS = ("project", "widen_project", "write_project", "streams_bwd")
@@ -64,16 +65,17 @@ def can_reorder(tiles: dict[str, int], dtype: torch.dtype) -> bool:
     return has_bits and tiles["BT"] == 16 * tiles["num_warps"] and tiles["BC"] == 32
 
 
-def choose_precision(dtype: torch.dtype, target: str) -> dict[str, str]:
+def choose_precision(dtype: torch.dtype, target: str, n: int = 4) -> dict[str, str]:
     """How products of streams and float32 are made.
 
     bfloat16 streams: float32 in three bfloat16 pieces (2e-7). Others: tf32 three times on NVIDIA, float32 elsewhere.
-    What is rounded to bfloat16 at once (OUT_PRECISION) needs one tf32 product (2e-4 against 4e-3).
+    What is rounded to bfloat16 at once (OUT_PRECISION) needs one tf32 product (2e-4 against 4e-3); the
+    pieces of another product with phi of 8 streams would fill more shared memory than most devices have.
     """
     wide = "tf32x3" if target == "cuda" else "ieee"
     if dtype == torch.bfloat16:
         return {"PRECISION": "split", "OUT_PRECISION": "tf32" if target == "cuda" else "ieee"}
-    return {"PRECISION": wide, "OUT_PRECISION": wide}
+    return {"PRECISION": wide, "OUT_PRECISION": wide if n < 8 else "ieee"}
 
 
 @cache

@@ -136,16 +136,3 @@ def dot_streams(x, w, total, PRECISION: tl.constexpr):
         return tl.dot(x, high, tl.dot(x, middle, tl.dot(x, low, total)))
     else:
         return tl.dot(x.to(tl.float32), w, total, input_precision=PRECISION)
-
-
-@triton.jit
-def dot_weights(w, x, total, PRECISION: tl.constexpr):
-    """total + w @ x, with w float32 and x of the streams' dtype."""
-    if PRECISION == "split":
-        high, middle, low = split_bf16(w)
-        if INTERPRETED:
-            x, high = x.to(tl.float32), high.to(tl.float32)
-            middle, low = middle.to(tl.float32), low.to(tl.float32)
-        return tl.dot(high, x, tl.dot(middle, x, tl.dot(low, x, total)))
-    else:
-        return tl.dot(w, x.to(tl.float32), total, input_precision=PRECISION)

@@ -298,9 +298,10 @@ def backpropagate_streams(
         "C": num_channels,
         "tiles_group": tiles_group,
     }
-    constants: dict[str, Any] = {"N": n, "MP": config.pad_rows(n)}
+    constants: dict[str, Any] = {"N": n, "NP": config.next_power_of_2(n), "MP": config.pad_rows(n)}
+    constants |= {"STAGES": tiles["num_stages"], "PTX": config.get_target() == "cuda"}
     constants |= {"BRANCH": d_branch_in is not None, "MIX": d_x_next is not None, "NORM": gain is not None}
-    constants |= config.choose_precision(x.dtype, config.get_target())
+    constants |= config.choose_precision(x.dtype, config.get_target(), n)
     run_kernel(read_backward.streams_bwd_kernel, (num_blocks, groups), arguments, constants | tiles)
     return d_x, d_phi.sum(0), None if d_gain is None else d_gain.sum(0)
 

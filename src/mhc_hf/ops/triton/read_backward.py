@@ -12,7 +12,11 @@ what goes along x itself, and with NORM what makes du of the gradient of the nor
 import triton
 import triton.language as tl
 
-from .language import add_products, dot_weights, locate_tokens, narrow, store_rows, unzip
+from .language import INTERPRETED, add_products, locate_tokens, narrow, split_bf16, store_rows, unzip
+
+# channels that streams standing side by side have in turn: as many as rows of a product are one warp's, so that streams
+# cannot be told apart before the product has left its layout, in which numbers a token are held several times
+SIDE = tl.constexpr(16)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -74,6 +78,47 @@ def dots_bwd_kernel(
             tl.store(res_dots_ptr + k * T + t, dots[(N if BRANCH else 0) + k], mask=exists)
 
 
+@triton.jit
+def widen(value, PTX: tl.constexpr):
+    """To float32. Two bfloat16 of a register are one instruction each, where the compiler takes three for both."""
+    if PTX and value.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [value], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def separate_streams(tile, NP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """[BT, NP*BC], streams side by side, as a tuple of NP [BT, BC]."""
+    tile = tl.permute(tl.reshape(tile, (BT, BC // SIDE, NP, SIDE)), (0, 1, 3, 2))
+    parts = (tl.reshape(tile, (BT, BC, NP)),)
+    # the last bit of a stream's number first: even streams, then odd ones
+    for bit in tl.static_range(3):
+        if 2 << bit <= NP:
+            even, odd = (), ()
+            for k in tl.static_range(1 << bit):
+                halves = tl.split(tl.reshape(parts[k], (BT, BC, NP >> (bit + 1), 2)))
+                even += (halves[0],)
+                odd += (halves[1],)
+            parts = even + odd
+    streams = ()
+    for j in tl.static_range(NP):
+        streams += (tl.reshape(parts[j], (BT, BC)),)
+    return streams
+
+
+@triton.jit
+def load_weights(weights_ptr, start, row, last, WIDTH: tl.constexpr):
+    """The numbers of tokens start + row, as a tuple; of the last token for those after it."""
+    pointer = weights_ptr + tl.cast(start, tl.int64) * WIDTH + tl.minimum(row, last - start - 1) * WIDTH
+    weights = ()
+    for k in tl.static_range(WIDTH):
+        weights += (tl.load(pointer + k),)
+    return weights
+
+
 @triton.jit(do_not_specialize=["T", "tiles_group"])
 def streams_bwd_kernel(
     x_ptr,
@@ -90,12 +135,15 @@ def streams_bwd_kernel(
     C,
     tiles_group,
     N: tl.constexpr,
+    NP: tl.constexpr,
     MP: tl.constexpr,
     BRANCH: tl.constexpr,
     MIX: tl.constexpr,
     NORM: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
     PRECISION: tl.constexpr,
     OUT_PRECISION: tl.constexpr,
 ):
@@ -105,65 +153,74 @@ def streams_bwd_kernel(
     """
     M: tl.constexpr = (N + 2) * N
     WIDTH: tl.constexpr = N * N + N + (3 if NORM else 1)
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
     group = tl.program_id(1)
     m = tl.arange(0, MP)
-    last = min(T, (group + 1) * tiles_group * BT)
-    d_phi = ()
-    for _ in tl.static_range(N):
-        d_phi += (tl.zeros((MP, BC), tl.float32),)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    # all streams side by side, SIDE channels of each in turn: one product serves them all
+    k = tl.arange(0, NP * BC)
+    stream = k // SIDE % NP
+    c_all = tl.program_id(0) * BC + k // (SIDE * NP) * SIDE + k % SIDE
+    columns = stream * C + c_all
+    columns_exist = (stream < N) & (c_all < C)
+    phi_rows = (m * (N * C))[None, :] + columns[:, None]
+    phi_exists = (m < M)[None, :] & columns_exist[:, None]
+    phi = tl.load(phi_ptr + phi_rows, mask=phi_exists, other=0.0)
+    d_phi = tl.zeros((NP * BC, MP), tl.float32)
     if NORM:
         gain = tl.load(gain_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         d_gain = tl.zeros((BT, BC), tl.float32)
-    for start in range(group * tiles_group * BT, last, BT):
-        t = start + tl.arange(0, BT).to(tl.int64)
-        exists = t < last
+    last = min(T, (group + 1) * tiles_group * BT)
+    row = tl.arange(0, BT)
+    begin = group * tiles_group * BT
+    weights = load_weights(weights_ptr, begin, row, last, WIDTH)
+    for start in tl.range(begin, last, BT, num_stages=STAGES):
+        t = tl.cast(start, tl.int64)
+        exists = row < last - start
         inside = exists[:, None] & (c < C)[None, :]
+        inside_all = exists[:, None] & columns_exist[None, :]
         d_projected = tl.load(
-            d_projected_ptr + t[:, None] * M + m[None, :], mask=exists[:, None] & (m < M)[None, :], other=0.0
+            d_projected_ptr + t * M + (row * M)[:, None] + m[None, :],
+            mask=exists[:, None] & (m < M)[None, :],
+            other=0.0,
         )
-        weights = weights_ptr + t * WIDTH
-        along = tl.load(weights + N * N + N, mask=exists, other=0.0)
-        g = ()
+        # before all else and transposed, or the sums below take the layout of a product
+        product = tl.dot(phi, tl.trans(d_projected), input_precision=OUT_PRECISION)
+        product = separate_streams(tl.trans(product), NP, BT, BC)
+        x_all = tl.load(x_ptr + t * (N * C) + (row * (N * C))[:, None] + columns[None, :], mask=inside_all, other=0.0)
+        x = separate_streams(x_all, NP, BT, BC)
         if MIX:
-            for i in tl.static_range(N):
-                g += (tl.load(g_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0),)
-        x = ()
-        for j in tl.static_range(N):
-            x += (tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0),)
+            g = tl.load(g_ptr + t * (N * C) + (row * (N * C))[:, None] + columns[None, :], mask=inside_all, other=0.0)
+            g = separate_streams(g, NP, BT, BC)
         if BRANCH:
-            du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            du = widen(tl.load(du_ptr + t * C + (row * C)[:, None] + c[None, :], mask=inside, other=0.0), PTX)
         if NORM:
             u = tl.zeros((BT, BC), tl.float32)
             for j in tl.static_range(N):
-                u += tl.load(weights + N * N + j, mask=exists, other=0.0)[:, None] * x[j].to(tl.float32)
-            branch_inv_rms = tl.load(weights + N * N + N + 1, mask=exists, other=0.0)[:, None]
-            along_u = tl.load(weights + N * N + N + 2, mask=exists, other=0.0)[:, None]
-            d_gain += branch_inv_rms * u * du
-            du = branch_inv_rms * gain * du - along_u * u
-        next_d_phi = ()
+                u += weights[N * N + j][:, None] * widen(x[j], PTX)
+            du *= weights[N * N + N + 1][:, None]
+            d_gain += u * du
+            du = gain * du - weights[N * N + N + 2][:, None] * u
         for j in tl.static_range(N):
-            next_d_phi += (dot_weights(tl.trans(d_projected), x[j], d_phi[j], PRECISION),)
-            phi = tl.load(
-                phi_ptr + m[:, None] * (N * C) + (j * C + c)[None, :],
-                mask=(m < M)[:, None] & (c < C)[None, :],
-                other=0.0,
-            )
-            total = along[:, None] * x[j].to(tl.float32)
+            total = product[j] + weights[N * N + N][:, None] * widen(x[j], PTX)
             if BRANCH:
-                h_pre = tl.load(weights + N * N + j, mask=exists, other=0.0)
-                total += h_pre[:, None] * du
+                total += weights[N * N + j][:, None] * du
             if MIX:
                 for i in tl.static_range(N):
-                    h = tl.load(weights + i * N + j, mask=exists, other=0.0)
-                    total += h[:, None] * g[i].to(tl.float32)
-            # last, so that only the sum is in the layout of a product, which holds numbers a token several times
-            total += tl.dot(d_projected, phi, input_precision=OUT_PRECISION)
+                    total += weights[i * N + j][:, None] * widen(g[i], PTX)
             d_x = narrow(total, d_x_ptr.dtype.element_ty)
-            tl.store(d_x_ptr + (t * N + j)[:, None] * C + c[None, :], d_x, mask=inside)
-        d_phi = next_d_phi
-    for j in tl.static_range(N):
-        row = (group.to(tl.int64) * M + m)[:, None] * (N * C)
-        tl.store(d_phi_ptr + row + (j * C + c)[None, :], d_phi[j], mask=(m < M)[:, None] & (c < C)[None, :])
+            tl.store(d_x_ptr + t * (N * C) + (row * (N * C))[:, None] + (j * C + c)[None, :], d_x, mask=inside)
+        # ahead, and under a condition: else each number would be copied through shared memory as tiles are
+        if start + BT < last:
+            weights = load_weights(weights_ptr, start + BT, row, last, WIDTH)
+        if PRECISION == "split":
+            high, middle, low = split_bf16(d_projected)
+            x_all = tl.trans(x_all)
+            if INTERPRETED:
+                x_all, high = x_all.to(tl.float32), high.to(tl.float32)
+                middle, low = middle.to(tl.float32), low.to(tl.float32)
+            d_phi = tl.dot(x_all, high, tl.dot(x_all, middle, tl.dot(x_all, low, d_phi)))
+        else:
+            d_phi = tl.dot(tl.trans(x_all.to(tl.float32)), d_projected, d_phi, input_precision=PRECISION)
+    tl.store(d_phi_ptr + group.to(tl.int64) * M * (N * C) + phi_rows, d_phi, mask=phi_exists)
     if NORM:
         tl.store(d_gain_ptr + group.to(tl.int64) * C + c, tl.sum(d_gain, 0), mask=c < C)
