@@ -11,7 +11,7 @@ is d_branch_out and d_h_post.
 import triton
 import triton.language as tl
 
-from .language import add_products, load_rows, locate_tokens, narrow, store_rows, unzip
+from .language import add_products, load_rows, locate_tokens, narrow, store_rows, unzip, widen
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -27,6 +27,7 @@ def collapse_kernel(
     DOTS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """out = sum of weights_i x_i; with DOTS also dots_i = <x_i, y>. Grid: (T / BT,)."""
     t, exists, T = locate_tokens(T, BT)
@@ -39,14 +40,14 @@ def collapse_kernel(
         c = start + tl.arange(0, BC)
         inside = exists[:, None] & (c < C)[None, :]
         if DOTS:
-            y = unzip(tl.load(y_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0), V, BT, BC)
+            y = unzip(tl.load(y_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0), V, BT, BC, PTX)
         total = tl.zeros((BT, BC), tl.float32)
         next_sums = ()
         for i in tl.static_range(N):
-            x = tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0)
-            total += weights[i][:, None] * x.to(tl.float32)
+            x = widen(tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0), PTX)
+            total += weights[i][:, None] * x
             if DOTS:
-                next_sums += (add_products(sums[i], unzip(x, V, BT, BC), y, V),)
+                next_sums += (add_products(sums[i], unzip(x, V, BT, BC, PTX), y, V),)
         sums = next_sums
         tl.store(out_ptr + t[:, None] * C + c[None, :], narrow(total, out_ptr.dtype.element_ty), mask=inside)
     if DOTS:

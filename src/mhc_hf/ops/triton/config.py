@@ -27,6 +27,7 @@ _TILES = {
 }
 # float32 and float16 streams are multiplied in float32 or in pieces of it: twice the registers a number, or more
 _WIDE_TILES = {
+    "maps_fwd": ((16, 64, 4, 1), (16, 64, 4, 1)),
     "project": ((64, 16, 4, 2), (32, 16, 4, 1)),
     "widen_project": ((64, 16, 4, 2), (32, 16, 4, 1)),
     "write_project": ((64, 16, 8, 1), (32, 16, 8, 1)),
@@ -76,6 +77,11 @@ def choose_precision(dtype: torch.dtype, target: str, n: int = 4) -> dict[str, s
     if dtype == torch.bfloat16:
         return {"PRECISION": "split", "OUT_PRECISION": "tf32" if target == "cuda" else "ieee"}
     return {"PRECISION": wide, "OUT_PRECISION": wide if n < 8 else "ieee"}
+
+
+def has_ptx() -> bool:
+    """Whether kernels may have a few lines of PTX, NVIDIA's assembler, where the compiler's own are slower."""
+    return get_target() == "cuda"
 
 
 @cache

@@ -29,6 +29,7 @@ def widen_project_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """out = N copies of hidden, and what `project_fwd_kernel` finds of them. Grid: (T / BT, SPLITS), as there."""
     M: tl.constexpr = (N + 2) * N
@@ -49,7 +50,7 @@ def widen_project_kernel(
             rows = phi_ptr + m[None, :] * (N * C) + (i * C + c)[:, None]
             phi += tl.load(rows, mask=(m < M)[None, :] & (c < C)[:, None], other=0.0)
         projected = dot_streams(hidden, phi, projected, PRECISION)
-        parts = unzip(hidden, V, BT, BC)
+        parts = unzip(hidden, V, BT, BC, PTX)
         squares = add_products(squares, parts, parts, V)
     # all their Gram numbers are one; without those their sum of squares is N of it
     sums = ()

@@ -151,7 +151,7 @@ def collapse_streams(x: Tensor, weights: Tensor, y: Tensor | None) -> tuple[Tens
         "T": num_tokens,
         "C": num_channels,
     }
-    constants = {"N": n, "DOTS": y is not None}
+    constants = {"N": n, "DOTS": y is not None, "PTX": config.has_ptx()}
     run_kernel(collapse.collapse_kernel, (cdiv(num_tokens, tiles["BT"]),), arguments, constants | tiles)
     return out, dots
 
@@ -204,6 +204,7 @@ def dot_streams(
         "C": num_channels,
     }
     constants = {"N": n, "BRANCH": pre_dots is not None, "MIX": res_dots is not None, "NORM": gain is not None}
+    constants["PTX"] = config.has_ptx()
     run_kernel(read_backward.dots_bwd_kernel, (cdiv(num_tokens, tiles["BT"]),), arguments, constants | tiles)
     return pre_dots, res_dots
 
@@ -299,7 +300,7 @@ def backpropagate_streams(
         "tiles_group": tiles_group,
     }
     constants: dict[str, Any] = {"N": n, "NP": config.next_power_of_2(n), "MP": config.pad_rows(n)}
-    constants |= {"STAGES": tiles["num_stages"], "PTX": config.get_target() == "cuda"}
+    constants |= {"STAGES": tiles["num_stages"], "PTX": config.has_ptx()}
     constants |= {"BRANCH": d_branch_in is not None, "MIX": d_x_next is not None, "NORM": gain is not None}
     constants |= config.choose_precision(x.dtype, config.get_target(), n)
     run_kernel(read_backward.streams_bwd_kernel, (num_blocks, groups), arguments, constants | tiles)
@@ -321,7 +322,7 @@ def _plan_projection(
         "tiles_split": tiles_split,
     }
     precision = config.choose_precision(x.dtype, config.get_target())["PRECISION"]
-    constants = {"N": n, "MP": config.pad_rows(n), "GRAM": gram, "PRECISION": precision}
+    constants = {"N": n, "MP": config.pad_rows(n), "GRAM": gram, "PRECISION": precision, "PTX": config.has_ptx()}
     return arguments, constants, (num_blocks, splits)
 
 

@@ -25,12 +25,12 @@ def start_squares(BT: tl.constexpr, BC: tl.constexpr, DTYPE: tl.constexpr, N: tl
 
 
 @triton.jit
-def add_squares(sums, x, BT: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, GRAM: tl.constexpr):
+def add_squares(sums, x, BT: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, GRAM: tl.constexpr, PTX: tl.constexpr):
     """`sums` and the products of a tile of all streams, x a tuple of N [BT, BC]."""
     V: tl.constexpr = 128 // x[0].dtype.primitive_bitwidth
     parts = ()
     for i in tl.static_range(N):
-        parts += (unzip(x[i], V, BT, BC),)
+        parts += (unzip(x[i], V, BT, BC, PTX),)
     result = ()
     if GRAM:
         for i in tl.static_range(N):
@@ -114,6 +114,7 @@ def project_fwd_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Grid: (T / BT, SPLITS); a split covers tiles_split tiles of BC channels of every stream."""
     t, exists, T = locate_tokens(T, BT)
@@ -130,5 +131,5 @@ def project_fwd_kernel(
             x += (tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0),)
         for i in tl.static_range(N):
             projected = project_stream(x[i], phi_ptr, i, tile * BC, m, C, projected, N, BT, BC, PRECISION, False)
-        sums = add_squares(sums, x, BT, BC, N, GRAM)
+        sums = add_squares(sums, x, BT, BC, N, GRAM, PTX)
     store_partial(partial_ptr, projected, sums, t, T, m, N, BT, GRAM, False)

@@ -12,7 +12,7 @@ what goes along x itself, and with NORM what makes du of the gradient of the nor
 import triton
 import triton.language as tl
 
-from .language import INTERPRETED, add_products, locate_tokens, narrow, split_bf16, store_rows, unzip
+from .language import INTERPRETED, add_products, locate_tokens, narrow, split_bf16, store_rows, unzip, widen
 
 # channels that streams standing side by side have in turn: as many as rows of a product are one warp's, so that streams
 # cannot be told apart before the product has left its layout, in which numbers a token are held several times
@@ -35,6 +35,7 @@ def dots_bwd_kernel(
     NORM: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """pre_dots_i = <x_i, du> (with BRANCH; with NORM <x_i, gain * du>), res_dots_ij = <G_i, x_j> (with MIX).
     Grid: (T / BT,).
@@ -51,7 +52,7 @@ def dots_bwd_kernel(
         x = ()
         for j in tl.static_range(N):
             tile = tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0)
-            x += (unzip(tile, V, BT, BC),)
+            x += (unzip(tile, V, BT, BC, PTX),)
         next_sums = ()
         if BRANCH:
             du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -59,12 +60,14 @@ def dots_bwd_kernel(
                 # one a token, from the cache: a row spread over the tile would pass through shared memory
                 channels = tl.broadcast_to(c[None, :], (BT, BC))
                 du *= tl.load(gain_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-            du = unzip(du, V, BT, BC)
+            du = unzip(du, V, BT, BC, PTX)
             for j in tl.static_range(N):
                 next_sums += (add_products(sums[j], x[j], du, V),)
         if MIX:
             for i in tl.static_range(N):
-                g = unzip(tl.load(g_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0), V, BT, BC)
+                g = unzip(
+                    tl.load(g_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0), V, BT, BC, PTX
+                )
                 for j in tl.static_range(N):
                     next_sums += (add_products(sums[(N if BRANCH else 0) + i * N + j], g, x[j], V),)
         sums = next_sums
@@ -76,17 +79,6 @@ def dots_bwd_kernel(
     if MIX:
         for k in tl.static_range(N * N):
             tl.store(res_dots_ptr + k * T + t, dots[(N if BRANCH else 0) + k], mask=exists)
-
-
-@triton.jit
-def widen(value, PTX: tl.constexpr):
-    """To float32. Two bfloat16 of a register are one instruction each, where the compiler takes three for both."""
-    if PTX and value.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [value], tl.float32, is_pure=True, pack=2
-        )
-    else:
-        return value.to(tl.float32)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ h_post [N, T], h_res [N, N, T], phi [M, N*C], partial [SPLITS, ROWS, T] as in `p
 import triton
 import triton.language as tl
 
-from .language import load_rows, locate_tokens, narrow
+from .language import load_rows, locate_tokens, narrow, widen
 from .project import add_squares, project_stream, start_squares, store_partial
 
 
@@ -72,6 +72,7 @@ def write_project_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
     REORDER: tl.constexpr,
 ):
     """`write_kernel`, and `project_fwd_kernel` of what it wrote. Grid: (T / BT, SPLITS) of tiles_split tiles each."""
@@ -90,15 +91,15 @@ def write_project_kernel(
     for tile in range(split * tiles_split, min(tl.cdiv(C, BC), (split + 1) * tiles_split)):
         c = tile * BC + tl.arange(0, BC)
         inside = exists[:, None] & (c < C)[None, :]
-        y = tl.load(y_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0)
+        y = widen(tl.load(y_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0), PTX)
         x = ()
         for j in tl.static_range(N):
-            x += (tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0),)
+            x += (widen(tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0), PTX),)
         written = ()
         for i in tl.static_range(N):
-            total = h_post[i][:, None] * y.to(tl.float32)
+            total = h_post[i][:, None] * y
             for j in tl.static_range(N):
-                total += h_res[i * N + j][:, None] * x[j].to(tl.float32)
+                total += h_res[i * N + j][:, None] * x[j]
             # what the next site reads is what memory holds, rounded
             out = narrow(total, out_ptr.dtype.element_ty)
             tl.store(out_ptr + (t * N + i)[:, None] * C + c[None, :], out, mask=inside)
@@ -107,5 +108,5 @@ def write_project_kernel(
             projected = project_stream(
                 written[i], phi_ptr, i, tile * BC, m, C, projected, N, BT, BC, PRECISION, REORDER
             )
-        sums = add_squares(sums, written, BT, BC, N, GRAM)
+        sums = add_squares(sums, written, BT, BC, N, GRAM, PTX)
     store_partial(partial_ptr, projected, sums, t, T, m, N, BT, GRAM, REORDER)
