@@ -53,24 +53,24 @@ def dots_bwd_kernel(
         for j in tl.static_range(N):
             tile = tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0)
             x += (unzip(tile, V, BT, BC, PTX),)
-        next_sums = ()
+        mixed = ()
+        if MIX:
+            for i in tl.static_range(N):
+                g = tl.load(g_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0)
+                g = unzip(g, V, BT, BC, PTX)
+                for j in tl.static_range(N):
+                    mixed += (add_products(sums[(N if BRANCH else 0) + i * N + j], g, x[j], V),)
+        read = ()
         if BRANCH:
-            du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            du = widen(tl.load(du_ptr + t[:, None] * C + c[None, :], mask=inside, other=0.0), PTX)
             if NORM:
                 # one a token, from the cache: a row spread over the tile would pass through shared memory
                 channels = tl.broadcast_to(c[None, :], (BT, BC))
-                du *= tl.load(gain_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+                du *= widen(tl.load(gain_ptr + channels, mask=inside, other=0.0), PTX)
             du = unzip(du, V, BT, BC, PTX)
             for j in tl.static_range(N):
-                next_sums += (add_products(sums[j], x[j], du, V),)
-        if MIX:
-            for i in tl.static_range(N):
-                g = unzip(
-                    tl.load(g_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0), V, BT, BC, PTX
-                )
-                for j in tl.static_range(N):
-                    next_sums += (add_products(sums[(N if BRANCH else 0) + i * N + j], g, x[j], V),)
-        sums = next_sums
+                read += (add_products(sums[j], x[j], du, V),)
+        sums = read + mixed
     dots = ()
     for k in tl.static_range(NUM_DOTS):
         dots += (tl.sum(sums[k], 1),)
