@@ -28,11 +28,11 @@ def collapse_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     PTX: tl.constexpr,
+    V: tl.constexpr,
 ):
     """out = sum of weights_i x_i; with DOTS also dots_i = <x_i, y>. Grid: (T / BT,)."""
     t, exists, T = locate_tokens(T, BT)
     weights = load_rows(weights_ptr, 0, t, exists, T, N)
-    V: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     sums = ()
     for _ in tl.static_range(N if DOTS else 0):
         sums += (tl.zeros((BT, BC // V), tl.float32),)

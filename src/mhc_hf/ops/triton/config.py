@@ -9,24 +9,25 @@ from functools import cache
 import torch
 from triton import knobs
 
-# kernel -> for n <= 4, for n > 4: (BT, BC, num_warps, num_stages). memory-bound kernels: 8 channels a thread and stream
-# make a 16-byte load in bf16; where n*n sums a channel live in registers, 4 and 2. matrix units want BT >= 32
-_TILES = {
-    "project": ((128, 32, 8, 2), (32, 16, 4, 1)),
+# kernel -> for n <= 4, for more, for 8 where that differs: (BT, BC, num_warps, num_stages). 8 channels a thread and
+# stream make a 16-byte load in bf16. Kernels with products: BT >= 64 for the matrix units of sm_90, so that the work on
+# phi is spread over many tokens, and no more registers than let two programs run at once (`tests/ops/instructions.py`)
+_TILES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "project": ((128, 32, 8, 2), (64, 16, 4, 1)),
     "maps_fwd": ((16, 128, 4, 1), (16, 128, 4, 1)),
     "maps_bwd": ((32, 1, 1, 1), (32, 1, 1, 1)),
     "sinkhorn": ((32, 1, 1, 1), (32, 1, 1, 1)),
     "collapse": ((4, 256, 4, 1), (4, 256, 4, 1)),
-    "widen_project": ((128, 32, 8, 2), (32, 16, 4, 1)),
+    "widen_project": ((128, 32, 8, 2), (64, 16, 4, 1)),
     "write_collapse": ((4, 256, 4, 1), (4, 128, 4, 1)),
     "write": ((4, 256, 4, 1), (4, 128, 4, 1)),
-    "write_project": ((64, 32, 4, 2), (32, 16, 8, 1)),
-    "dots_bwd": ((4, 256, 4, 1), (4, 128, 4, 1)),
+    "write_project": ((64, 32, 4, 2), (64, 16, 4, 1), (32, 16, 8, 1)),
+    "dots_bwd": ((4, 256, 4, 1), (4, 256, 4, 1)),
     # two programs a multiprocessor, each with two tiles on their way; under 99 KB, which every device since sm_80 has
     "streams_bwd": ((16, 64, 4, 3), (16, 16, 8, 2)),
 }
 # float32 and float16 streams are multiplied in float32 or in pieces of it: twice the registers a number, or more
-_WIDE_TILES = {
+_WIDE_TILES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "maps_fwd": ((16, 64, 4, 1), (16, 64, 4, 1)),
     "project": ((64, 16, 4, 2), (32, 16, 4, 1)),
     "widen_project": ((64, 16, 4, 2), (32, 16, 4, 1)),
@@ -34,7 +35,7 @@ _WIDE_TILES = {
     "streams_bwd": ((16, 32, 4, 3), (16, 16, 8, 1)),
 }
 # wavefronts of 64 threads, and 512 registers for each where there are few of them
-_HIP_TILES = {
+_HIP_TILES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "write_project": ((64, 32, 4, 1), (32, 16, 4, 1)),
     "streams_bwd": ((32, 32, 4, 1), (16, 16, 4, 1)),
 }
@@ -52,7 +53,8 @@ def choose_tiles(kernel: str, n: int, num_channels: int, dtype: torch.dtype = to
         tiles = _WIDE_TILES
     if kernel in _HIP_TILES and get_target() == "hip":
         tiles = _HIP_TILES
-    tokens, channels, num_warps, num_stages = tiles[kernel][0 if n <= 4 else 1]
+    column = min((n > 4) + (n > 7), len(tiles[kernel]) - 1)
+    tokens, channels, num_warps, num_stages = tiles[kernel][column]
     if channels == 1:
         return {"BT": tokens, "num_warps": num_warps, "num_stages": num_stages}
     least = 16 if kernel in _MATRIX_KERNELS else 32
@@ -77,6 +79,11 @@ def choose_precision(dtype: torch.dtype, target: str, n: int = 4) -> dict[str, s
     if dtype == torch.bfloat16:
         return {"PRECISION": "split", "OUT_PRECISION": "tf32" if target == "cuda" else "ieee"}
     return {"PRECISION": wide, "OUT_PRECISION": wide if n < 8 else "ieee"}
+
+
+def count_together(tiles: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
+    """V: how many numbers of a tile a thread loads at once, 16 bytes or what there is for it."""
+    return {"V": min(16 // dtype.itemsize, max(1, tiles["BT"] * tiles["BC"] // (32 * tiles["num_warps"])))}
 
 
 def has_ptx() -> bool:

@@ -30,6 +30,7 @@ def widen_project_kernel(
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
+    V: tl.constexpr,
 ):
     """out = N copies of hidden, and what `project_fwd_kernel` finds of them. Grid: (T / BT, SPLITS), as there."""
     M: tl.constexpr = (N + 2) * N
@@ -37,7 +38,6 @@ def widen_project_kernel(
     split = tl.program_id(1)
     m = tl.arange(0, MP)
     projected = tl.zeros((BT, MP), tl.float32)
-    V: tl.constexpr = 128 // hidden_ptr.dtype.element_ty.primitive_bitwidth
     squares = tl.zeros((BT, BC // V), tl.float32)
     for tile in range(split * tiles_split, min(tl.cdiv(C, BC), (split + 1) * tiles_split)):
         c = tile * BC + tl.arange(0, BC)

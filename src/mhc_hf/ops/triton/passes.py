@@ -151,7 +151,7 @@ def collapse_streams(x: Tensor, weights: Tensor, y: Tensor | None) -> tuple[Tens
         "T": num_tokens,
         "C": num_channels,
     }
-    constants = {"N": n, "DOTS": y is not None, "PTX": config.has_ptx()}
+    constants = {"N": n, "DOTS": y is not None, "PTX": config.has_ptx()} | config.count_together(tiles, x.dtype)
     run_kernel(collapse.collapse_kernel, (cdiv(num_tokens, tiles["BT"]),), arguments, constants | tiles)
     return out, dots
 
@@ -204,7 +204,7 @@ def dot_streams(
         "C": num_channels,
     }
     constants = {"N": n, "BRANCH": pre_dots is not None, "MIX": res_dots is not None, "NORM": gain is not None}
-    constants["PTX"] = config.has_ptx()
+    constants |= {"PTX": config.has_ptx(), **config.count_together(tiles, x.dtype)}
     run_kernel(read_backward.dots_bwd_kernel, (cdiv(num_tokens, tiles["BT"]),), arguments, constants | tiles)
     return pre_dots, res_dots
 
@@ -323,6 +323,7 @@ def _plan_projection(
     }
     precision = config.choose_precision(x.dtype, config.get_target())["PRECISION"]
     constants = {"N": n, "MP": config.pad_rows(n), "GRAM": gram, "PRECISION": precision, "PTX": config.has_ptx()}
+    constants |= config.count_together(tiles, x.dtype)
     return arguments, constants, (num_blocks, splits)
 
 

@@ -15,9 +15,8 @@ from .language import add_products, dot_streams, locate_tokens, place_channels, 
 
 
 @triton.jit
-def start_squares(BT: tl.constexpr, BC: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr, GRAM: tl.constexpr):
-    """Zeros for `add_squares`, of tiles in DTYPE: the Gram numbers, or the sum of squares alone, in parts of a row."""
-    V: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+def start_squares(BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, N: tl.constexpr, GRAM: tl.constexpr):
+    """Zeros for `add_squares`: the Gram numbers, or the sum of squares alone, in parts of a row."""
     sums = ()
     for _ in tl.static_range(N * (N + 1) // 2 if GRAM else 1):
         sums += (tl.zeros((BT, BC // V), tl.float32),)
@@ -25,9 +24,17 @@ def start_squares(BT: tl.constexpr, BC: tl.constexpr, DTYPE: tl.constexpr, N: tl
 
 
 @triton.jit
-def add_squares(sums, x, BT: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, GRAM: tl.constexpr, PTX: tl.constexpr):
+def add_squares(
+    sums,
+    x,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    N: tl.constexpr,
+    GRAM: tl.constexpr,
+    PTX: tl.constexpr,
+):
     """`sums` and the products of a tile of all streams, x a tuple of N [BT, BC]."""
-    V: tl.constexpr = 128 // x[0].dtype.primitive_bitwidth
     parts = ()
     for i in tl.static_range(N):
         parts += (unzip(x[i], V, BT, BC, PTX),)
@@ -115,13 +122,14 @@ def project_fwd_kernel(
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
+    V: tl.constexpr,
 ):
     """Grid: (T / BT, SPLITS); a split covers tiles_split tiles of BC channels of every stream."""
     t, exists, T = locate_tokens(T, BT)
     split = tl.program_id(1)
     m = tl.arange(0, MP)
     projected = tl.zeros((BT, MP), tl.float32)
-    sums = start_squares(BT, BC, x_ptr.dtype.element_ty, N, GRAM)
+    sums = start_squares(BT, BC, V, N, GRAM)
     # whole tiles, or the compiler could not prove a load aligned and would make it number by number
     for tile in range(split * tiles_split, min(tl.cdiv(C, BC), (split + 1) * tiles_split)):
         c = tile * BC + tl.arange(0, BC)
@@ -131,5 +139,5 @@ def project_fwd_kernel(
             x += (tl.load(x_ptr + (t * N + i)[:, None] * C + c[None, :], mask=inside, other=0.0),)
         for i in tl.static_range(N):
             projected = project_stream(x[i], phi_ptr, i, tile * BC, m, C, projected, N, BT, BC, PRECISION, False)
-        sums = add_squares(sums, x, BT, BC, N, GRAM, PTX)
+        sums = add_squares(sums, x, V, BT, BC, N, GRAM, PTX)
     store_partial(partial_ptr, projected, sums, t, T, m, N, BT, GRAM, False)

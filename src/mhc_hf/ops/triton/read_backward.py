@@ -36,13 +36,13 @@ def dots_bwd_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     PTX: tl.constexpr,
+    V: tl.constexpr,
 ):
     """pre_dots_i = <x_i, du> (with BRANCH; with NORM <x_i, gain * du>), res_dots_ij = <G_i, x_j> (with MIX).
     Grid: (T / BT,).
     """
     t, exists, T = locate_tokens(T, BT)
     NUM_DOTS: tl.constexpr = (N if BRANCH else 0) + (N * N if MIX else 0)
-    V: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     sums = ()
     for _ in tl.static_range(NUM_DOTS):
         sums += (tl.zeros((BT, BC // V), tl.float32),)

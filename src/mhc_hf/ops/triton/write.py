@@ -73,6 +73,7 @@ def write_project_kernel(
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
+    V: tl.constexpr,
     REORDER: tl.constexpr,
 ):
     """`write_kernel`, and `project_fwd_kernel` of what it wrote. Grid: (T / BT, SPLITS) of tiles_split tiles each."""
@@ -87,7 +88,7 @@ def write_project_kernel(
         h_post += (tl.where(exists, loaded[i], 0.0),)
     h_res = load_rows(h_res_ptr, 0, t, exists, T, N * N)
     projected = tl.zeros((BT, MP), tl.float32)
-    sums = start_squares(BT, BC, out_ptr.dtype.element_ty, N, GRAM)
+    sums = start_squares(BT, BC, V, N, GRAM)
     for tile in range(split * tiles_split, min(tl.cdiv(C, BC), (split + 1) * tiles_split)):
         c = tile * BC + tl.arange(0, BC)
         inside = exists[:, None] & (c < C)[None, :]
@@ -108,5 +109,5 @@ def write_project_kernel(
             projected = project_stream(
                 written[i], phi_ptr, i, tile * BC, m, C, projected, N, BT, BC, PRECISION, REORDER
             )
-        sums = add_squares(sums, written, BT, BC, N, GRAM, PTX)
+        sums = add_squares(sums, written, V, BT, BC, N, GRAM, PTX)
     store_partial(partial_ptr, projected, sums, t, T, m, N, BT, GRAM, REORDER)
