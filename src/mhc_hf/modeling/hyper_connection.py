@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, n streams (expansion rate), C channels of one strea
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..ops.backends import runs_on_triton
 from ..ops.functional import (
     SiteRead,
     joins_ahead,
+    pass_site_natively,
     site_read,
     site_read_projected,
     site_write,
@@ -64,7 +66,9 @@ class Joins:
     collapses: bool = False
 
 
-_NOTHING = Joins()
+_ALONE = Joins()
+# a layer says so where no kernels run: it has asked for all of its sites
+NO_KERNELS = Joins()
 
 
 class HyperConnection(nn.Module):
@@ -107,7 +111,7 @@ class HyperConnection(nn.Module):
         streams: Tensor | Unwritten,
         branch: Callable[[Tensor], Tensor],
         checkpointed: bool = False,
-        joins: Joins = _NOTHING,
+        joins: Joins = _ALONE,
     ) -> Tensor | Unwritten | Collapsed:
         """One site, its branch included.
 
@@ -125,6 +129,11 @@ class HyperConnection(nn.Module):
             h_pre, h_post, h_res = self.maps(streams)
             branch_out = self._run(branch, joins.norm, mhc_pre(x, h_pre))
             return mhc_post_res(x, branch_out, h_post, h_res).flatten(-2)
+        if joins is NO_KERNELS and isinstance(streams, Tensor):
+            parameters = (self.phi, self.bias, self.alpha, self.num_iters, self.norm_eps)
+            run = partial(self._run, branch, None)
+            if (written := pass_site_natively(streams, self.hc_mult, *parameters, run)) is not None:
+                return written
         recompute = self.recompute and not checkpointed and self.training and torch.is_grad_enabled()
         is_compiling = torch.compiler.is_compiling()
         if recompute and not is_compiling and isinstance(streams, Tensor):

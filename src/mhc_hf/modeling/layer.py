@@ -19,7 +19,7 @@ from ..ops.backends import runs_on_triton
 from .branch_norm import is_hooked, is_llama_norm
 from .configuration_mhc import MHCConfig
 from .handing_on import widen_streams
-from .hyper_connection import Collapsed, HyperConnection, Joins, Unwritten
+from .hyper_connection import NO_KERNELS, Collapsed, HyperConnection, Joins
 from .steps import Chain, Context, Form, resolve, run_chain
 
 
@@ -80,8 +80,9 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
         context = Context(arguments, given)
         x = widen_streams(hidden_states, self.hc_mult, self._first_site()) if self.widens else hidden_states
         checkpointed = self.gradient_checkpointing and self.training
+        has_kernels = runs_on_triton(x, self.hc_mult)
         for site, chain in self.chains.items():
-            steps, joins = self._join(site, chain, x)
+            steps, joins = self._join(site, chain) if has_kernels else (chain, NO_KERNELS)
             x = getattr(self, site)(x, partial(self._branch, steps, context), checkpointed, joins)
         if self.stream_scale is not None:
             x = x * getattr(self, self.stream_scale)
@@ -101,10 +102,8 @@ class MHCDecoderLayer(GradientCheckpointingLayer):
     def _first_site(self) -> Any:
         return getattr(self, next(iter(self.chains)))
 
-    def _join(self, site: str, chain: Chain, x: Tensor | Unwritten) -> tuple[Chain, Joins]:
-        """The steps of a site's branch, and what the site may do besides where kernels run."""
-        if isinstance(x, Tensor) and not runs_on_triton(x, self.hc_mult):
-            return chain, Joins()
+    def _join(self, site: str, chain: Chain) -> tuple[Chain, Joins]:
+        """The steps of a site's branch, and what the site may do besides, where kernels run."""
         kind = self.leading_norms[site]
         norm = None if kind is None else getattr(self, str(chain[0]))
         steps, norm = (chain[1:], norm) if type(norm) is kind else (chain, None)

@@ -4,13 +4,14 @@ Shapes: n streams, C channels of one stream, m = (n+2)*n; `...` stands for any l
 Convention: h_res[..., i, j] carries input stream j into output stream i.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ahead, normed, registered
-from .backends import choose_backend, runs_on_triton
+from .backends import choose_backend, explain_no_native, runs_on_triton
 from .checks import check_branch, check_branch_norm, check_iters, check_maps, check_parameters, check_streams
 
 Backend = Literal["auto", "torch", "native", "triton"]
@@ -265,6 +266,33 @@ def site_write_read(
     else:
         x_next, *outputs = _get_op(op)(site.link, *arguments, *numbers, chosen)
     return x_next.view_as(x), _make_site(outputs, x)
+
+
+def pass_site_natively(
+    streams: Tensor,
+    n: int,
+    phi: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    num_iters: int,
+    norm_eps: float,
+    branch: Callable[[Tensor], Tensor],
+) -> Tensor | None:
+    """`site_read`, the branch and `site_write` of a model's own site, where no kernels run and no graph is recorded.
+
+    A decoder's token costs less arithmetic than the checks and choices of two ops; a model has made them. None where
+    the C cannot run. [..., n*C] -> [..., n*C]
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or phi.dtype != torch.float32:
+        return None
+    x = streams.reshape(-1, n, streams.shape[-1] // n).contiguous()
+    if explain_no_native(x, n) is not None or not phi.is_contiguous():
+        return None
+    launch: Any = registered.get_implementation("native")
+    branch_in, h_post, h_res, _, _ = launch.read(x, phi, bias, alpha, num_iters, norm_eps)
+    branch_out = branch(branch_in.view(*streams.shape[:-1], x.shape[-1]))
+    written = launch.post_res(x, branch_out.reshape(branch_in.shape).contiguous(), h_post, h_res)
+    return written.view(streams.shape)
 
 
 class Projections(NamedTuple):

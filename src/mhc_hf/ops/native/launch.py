@@ -80,7 +80,7 @@ def pre(x: Tensor, h_pre: Tensor) -> Tensor:
 
 def post_res(x: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     """x' = H_res x + H_post F. One pass, 2n+1 rows."""
-    x_next = torch.empty_like(x)
+    x_next = x.new_empty(x.shape)
     _call(x, "write", x, branch_out, h_post, h_res, x_next)
     return x_next
 
