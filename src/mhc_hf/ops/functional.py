@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ahead, normed, registered
-from .backends import choose_backend, explain_no_native, runs_on_triton
+from .backends import choose_backend, runs_on_triton
 from .checks import check_branch, check_branch_norm, check_iters, check_maps, check_parameters, check_streams
 
 Backend = Literal["auto", "torch", "native", "triton"]
@@ -281,12 +281,12 @@ def pass_site_natively(
     """`site_read`, the branch and `site_write` of a model's own site, where no kernels run and no graph is recorded.
 
     A decoder's token costs less arithmetic than the checks and choices of two ops; a model has made them. None where
-    the C cannot run. [..., n*C] -> [..., n*C]
+    something else runs. [..., n*C] -> [..., n*C]
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or phi.dtype != torch.float32:
         return None
     x = streams.reshape(-1, n, streams.shape[-1] // n).contiguous()
-    if explain_no_native(x, n) is not None or not phi.is_contiguous():
+    if choose_backend("auto", x, n) != "native" or not phi.is_contiguous():
         return None
     launch: Any = registered.get_implementation("native")
     branch_in, h_post, h_res, _, _ = launch.read(x, phi, bias, alpha, num_iters, norm_eps)

@@ -17,8 +17,3 @@ def choose_backend(backend: str, x: Tensor, n: int) -> str:
 def runs_on_triton(x: Tensor, n: int) -> bool:
     """No: nothing is joined here."""
     return False
-
-
-def explain_no_native(x: Tensor, n: int) -> str | None:
-    """Why the C cannot run: it is not here."""
-    return "the C comes with the package mhc_hf"
