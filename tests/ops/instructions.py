@@ -6,20 +6,15 @@ instruction is the least, and twice that leaves room for waiting. Printed by `py
 """
 
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 
 from mhc_hf.ops.triton import record
 
 from . import launches
 
-_TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S[^;]*?)\s*;")
 _LABEL = re.compile(r"^(\.L_\w+):", re.MULTILINE)
 _WIDE = re.compile(r"(LDG|STG|LDGSTS)\.\S*(64|128)")
@@ -35,7 +30,7 @@ class Density(NamedTuple):
 
 def measure(one: record.Launch, compiled, num_tokens: int, num_channels: int) -> Density:
     """Of a launch compiled for NVIDIA, whose every step moves its rows of a tile."""
-    body = find_main_loop(disassemble(compiled.asm["cubin"]))
+    body = find_main_loop(disassemble(compiled))
     constants = one.arguments
     size = next(
         value.element_size() for name, value in constants.items() if name in ("x_ptr", "out_ptr") and value is not None
@@ -46,12 +41,9 @@ def measure(one: record.Launch, compiled, num_tokens: int, num_channels: int) ->
     return Density(len(body), barriers, moved / (len(body) * constants["num_warps"]))
 
 
-def disassemble(cubin: bytes) -> str:
+def disassemble(compiled) -> str:
     """The machine code as text, one function of it."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([_TOOL, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return launches.run_tool("nvdisasm", "-c", compiled)
 
 
 def find_main_loop(text: str) -> list[str]:

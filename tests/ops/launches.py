@@ -162,13 +162,18 @@ def read_resources(compiled) -> dict[str, int]:
             "spilled": 4 * int(numbers["vgpr_spill_count"]),
             "shared": int(numbers["group_segment_fixed_size"]),
         }
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = run_tool("cuobjdump", "-res-usage", compiled)
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return {"registers": registers, "spilled": stack + local, "shared": compiled.metadata.shared}
+
+
+def run_tool(name: str, flag: str, compiled) -> str:
+    """What one of the tools that Triton brings along says of a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return {"registers": registers, "spilled": stack + local, "shared": compiled.metadata.shared}
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:

@@ -85,6 +85,6 @@ def test_two_programs_of_each_kernel_with_products_fit_into_a_multiprocessor_and
         resources = launches.read_resources(compiled)
         assert 2 * 32 * constants["num_warps"] * resources["registers"] <= 65536, kernel
         assert 2 * (resources["shared"] + 1024) <= 227 * 1024, kernel
-        loop = instructions.find_main_loop(instructions.disassemble(compiled.asm["cubin"]))
+        loop = instructions.find_main_loop(instructions.disassemble(compiled))
         # 16 bytes a thread for each stream at least
         assert sum(name.startswith("LDGSTS") for name in loop) >= (1 if "widen" in kernel else constants["N"]), kernel

@@ -11,7 +11,16 @@ that is cut between the layers (checkpointing, a pipeline, sharding) loses nothi
 from typing import Any
 
 from . import normed
-from .registered import contiguous, fake_read, get_implementation, new_link, read_backward, register, write_backward
+from .registered import (
+    differentiate_read,
+    differentiate_write,
+    fake_read,
+    get_implementation,
+    new_link,
+    register,
+    save_read,
+    save_write,
+)
 
 
 def _compute_write_project(link, x, branch_out, h_post, h_res, phi, backend):
@@ -34,18 +43,14 @@ write_project = register(
 
 
 def _save_write_project(ctx, inputs, output):
-    _, _, branch_out, h_post, _, _, ctx.backend = inputs
+    *written, _, backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(branch_out, h_post)
+    save_write(ctx, (*written, backend), output)
 
 
-def _differentiate_write_project(ctx, d_x_next, _partial):
-    d_x_next = d_x_next.contiguous()
-    d_branch_out, d_h_post = write_backward(*ctx.saved_tensors, d_x_next, ctx.backend)
-    return d_x_next, None, d_branch_out, d_h_post, None, None, None
-
-
-write_project.register_autograd(_differentiate_write_project, setup_context=_save_write_project)
+write_project.register_autograd(
+    lambda ctx, d_x_next, _: (*differentiate_write(ctx, d_x_next), None), setup_context=_save_write_project
+)
 
 
 def _compute_read(x, phi, bias, alpha, partial, num_iters, norm_eps, backend):
@@ -76,32 +81,12 @@ read_projected_normed = register(
 )
 
 
-def _save_read(ctx, inputs, output):
-    x, phi, bias, alpha, _, ctx.num_iters, _, ctx.backend = inputs
-    numbers = output[3:5]
-    ctx.mark_non_differentiable(*numbers)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, phi, bias, alpha, *numbers)
-
-
-def _differentiate_read(ctx, d_branch_in, d_h_post, d_h_res, _projected, _inv_rms, d_x_next):
-    grads = (contiguous(d_branch_in), None, contiguous(d_h_post), contiguous(d_h_res), contiguous(d_x_next))
-    return *read_backward(*ctx.saved_tensors, ctx.num_iters, *grads, ctx.backend), None, None, None, None
-
-
-def _save_read_normed(ctx, inputs, output):
-    *tensors, _, ctx.num_iters, _, _, ctx.backend = inputs
-    numbers = output[3:7]
-    ctx.mark_non_differentiable(*numbers)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *numbers)
-
-
-def _differentiate_read_normed(ctx, d_branch_in, d_h_post, d_h_res, *others):
-    grads = (contiguous(grad) for grad in (d_branch_in, d_h_post, d_h_res, others[-1]))
-    d_tensors = normed.read_normed_backward(*ctx.saved_tensors, ctx.num_iters, *grads, ctx.backend)
-    return *d_tensors, None, None, None, None, None
-
-
-read_projected.register_autograd(_differentiate_read, setup_context=_save_read)
-read_projected_normed.register_autograd(_differentiate_read_normed, setup_context=_save_read_normed)
+# what a read differentiates, but for `partial`, the last of the tensors; the one None more is its
+read_projected.register_autograd(
+    lambda ctx, *grads: (*differentiate_read(ctx, *grads), None),
+    setup_context=lambda ctx, inputs, output: save_read(ctx, (*inputs[:4], *inputs[5:]), output),
+)
+read_projected_normed.register_autograd(
+    lambda ctx, *grads: (*normed.differentiate_read_normed(ctx, *grads), None),
+    setup_context=lambda ctx, inputs, output: normed.save_read_normed(ctx, (*inputs[:5], *inputs[6:]), output),
+)

@@ -304,8 +304,7 @@ class Projections(NamedTuple):
 
 def joins_ahead(x: Tensor, n: int) -> bool:
     """Whether the joins below can run on tensors like `x`: on kernels, and in inference."""
-    is_traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not is_traced and runs_on_triton(x, n)
+    return not torch.is_grad_enabled() and hands_on(x, n)
 
 
 def hands_on(x: Tensor, n: int) -> bool:

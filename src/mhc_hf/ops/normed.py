@@ -131,7 +131,8 @@ read_normed_backward = register(
 )
 
 
-def _save_read(ctx, inputs, output):
+def save_read_normed(ctx, inputs, output):
+    """What `read_normed` keeps for backward."""
     *tensors, ctx.num_iters, _, _, ctx.backend = inputs
     numbers = output[3:7]
     ctx.mark_non_differentiable(*numbers)
@@ -139,12 +140,13 @@ def _save_read(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *numbers)
 
 
-def _differentiate_read(ctx, d_branch_in, d_h_post, d_h_res, *others):
+def differentiate_read_normed(ctx, d_branch_in, d_h_post, d_h_res, *others):
+    """Gradients of `read_normed`'s inputs."""
     grads = (contiguous(grad) for grad in (d_branch_in, d_h_post, d_h_res, others[-1]))
     return *read_normed_backward(*ctx.saved_tensors, ctx.num_iters, *grads, ctx.backend), None, None, None, None
 
 
-read_normed.register_autograd(_differentiate_read, setup_context=_save_read)
+read_normed.register_autograd(differentiate_read_normed, setup_context=save_read_normed)
 
 
 write_read_normed = register(

@@ -172,7 +172,8 @@ def _differentiate_coefficients(ctx, d_h_pre, d_h_post, d_h_res, _projected, _in
     return *read_backward(*ctx.saved_tensors, ctx.num_iters, *grads, ctx.backend), None, None, None
 
 
-def _save_read(ctx, inputs, output):
+def save_read(ctx, inputs, output):
+    """What `read` keeps for backward."""
     *tensors, ctx.num_iters, _, ctx.backend = inputs
     projected, inv_rms = output[3:5]
     ctx.mark_non_differentiable(projected, inv_rms)
@@ -180,13 +181,14 @@ def _save_read(ctx, inputs, output):
     ctx.save_for_backward(*tensors, projected, inv_rms)
 
 
-def _differentiate_read(ctx, d_branch_in, d_h_post, d_h_res, _projected, _inv_rms, d_x_next):
+def differentiate_read(ctx, d_branch_in, d_h_post, d_h_res, _projected, _inv_rms, d_x_next):
+    """Gradients of `read`'s inputs."""
     grads = (contiguous(d_branch_in), None, contiguous(d_h_post), contiguous(d_h_res), contiguous(d_x_next))
     return *read_backward(*ctx.saved_tensors, ctx.num_iters, *grads, ctx.backend), None, None, None
 
 
 coefficients.register_autograd(_differentiate_coefficients, setup_context=_save_coefficients)
-read.register_autograd(_differentiate_read, setup_context=_save_read)
+read.register_autograd(differentiate_read, setup_context=save_read)
 
 
 # ---- H_pre x alone --------------------------------------------------------------------------------------------------
@@ -264,12 +266,14 @@ def _differentiate_post_res(ctx, d_x_next):
     return d_x, d_branch_out, d_h_post, d_h_res, None
 
 
-def _save_write(ctx, inputs, output):
+def save_write(ctx, inputs, output):
+    """What `write` keeps for backward."""
     _, _, branch_out, h_post, _, ctx.backend = inputs
     ctx.save_for_backward(branch_out, h_post)
 
 
-def _differentiate_write(ctx, d_x_next):
+def differentiate_write(ctx, d_x_next):
+    """Gradients of `write`'s inputs."""
     d_x_next = d_x_next.contiguous()
     d_branch_out, d_h_post = write_backward(*ctx.saved_tensors, d_x_next, ctx.backend)
     # x and h_res get theirs from `read`'s backward, to which the link carries d_x_next
@@ -277,7 +281,7 @@ def _differentiate_write(ctx, d_x_next):
 
 
 post_res.register_autograd(_differentiate_post_res, setup_context=_save_post_res)
-write.register_autograd(_differentiate_write, setup_context=_save_write)
+write.register_autograd(differentiate_write, setup_context=save_write)
 
 
 # ---- after one branch and before the next: the kernels fuse the two -------------------------------------------------

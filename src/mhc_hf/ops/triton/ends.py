@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .language import add_products, dot_streams, load_rows, locate_tokens, narrow, unzip
 from .project import store_partial
+from .write import mix_stream
 
 
 @triton.jit(do_not_specialize=["T", "tiles_split"])
@@ -86,12 +87,8 @@ def write_collapse_kernel(
     first = tl.zeros((BT, BC), tl.float32)
     apart = tl.zeros((BT, BC), tl.float32)
     for i in tl.static_range(N):
-        total = tl.zeros((BT, BC), tl.float32)
-        total += h_post[i][:, None] * y
-        for j in tl.static_range(N):
-            total += h_res[i * N + j][:, None] * x[j]
         # rounded as if it had been written
-        written = narrow(total, mean_ptr.dtype.element_ty).to(tl.float32)
+        written = narrow(mix_stream(i, x, y, h_post, h_res, N), mean_ptr.dtype.element_ty).to(tl.float32)
         if i == 0:
             first = written
         else:

@@ -12,7 +12,7 @@ what goes along x itself, and with NORM what makes du of the gradient of the nor
 import triton
 import triton.language as tl
 
-from .language import INTERPRETED, add_products, locate_tokens, narrow, split_bf16, store_rows, unzip, widen
+from .language import add_products, dot_streams, locate_tokens, narrow, store_rows, unzip, widen
 
 # channels that streams standing side by side have in turn: as many as rows of a product are one warp's, so that streams
 # cannot be told apart before the product has left its layout, in which numbers a token are held several times
@@ -204,15 +204,7 @@ def streams_bwd_kernel(
         # ahead, and under a condition: else each number would be copied through shared memory as tiles are
         if start + BT < last:
             weights = load_weights(weights_ptr, start + BT, row, last, WIDTH)
-        if PRECISION == "split":
-            high, middle, low = split_bf16(d_projected)
-            x_all = tl.trans(x_all)
-            if INTERPRETED:
-                x_all, high = x_all.to(tl.float32), high.to(tl.float32)
-                middle, low = middle.to(tl.float32), low.to(tl.float32)
-            d_phi = tl.dot(x_all, high, tl.dot(x_all, middle, tl.dot(x_all, low, d_phi)))
-        else:
-            d_phi = tl.dot(tl.trans(x_all.to(tl.float32)), d_projected, d_phi, input_precision=PRECISION)
+        d_phi = dot_streams(tl.trans(x_all), d_projected, d_phi, PRECISION)
     tl.store(d_phi_ptr + group.to(tl.int64) * M * (N * C) + phi_rows, d_phi, mask=phi_exists)
     if NORM:
         tl.store(d_gain_ptr + group.to(tl.int64) * C + c, tl.sum(d_gain, 0), mask=c < C)

@@ -14,6 +14,15 @@ from .language import load_rows, locate_tokens, narrow, widen
 from .project import add_squares, project_stream, start_squares, store_partial
 
 
+@triton.jit
+def mix_stream(i: tl.constexpr, x, y, h_post, h_res, N: tl.constexpr):
+    """Stream i of H_res x + H_post y, float32; x a tuple of N [BT, BC], y [BT, BC]."""
+    total = h_post[i][:, None] * y
+    for j in tl.static_range(N):
+        total += h_res[i * N + j][:, None] * x[j]
+    return total
+
+
 @triton.jit(do_not_specialize=["T"])
 def write_kernel(
     x_ptr,
@@ -98,11 +107,8 @@ def write_project_kernel(
             x += (widen(tl.load(x_ptr + (t * N + j)[:, None] * C + c[None, :], mask=inside, other=0.0), PTX),)
         written = ()
         for i in tl.static_range(N):
-            total = h_post[i][:, None] * y
-            for j in tl.static_range(N):
-                total += h_res[i * N + j][:, None] * x[j]
             # what the next site reads is what memory holds, rounded
-            out = narrow(total, out_ptr.dtype.element_ty)
+            out = narrow(mix_stream(i, x, y, h_post, h_res, N), out_ptr.dtype.element_ty)
             tl.store(out_ptr + (t * N + i)[:, None] * C + c[None, :], out, mask=inside)
             written += (out,)
         for i in tl.static_range(N):
